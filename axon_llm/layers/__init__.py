@@ -1,0 +1,1 @@
+"""The four kinds of layer a decoder is made of: normalisation, rotary positions, attention, feed-forward."""

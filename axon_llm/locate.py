@@ -1,0 +1,109 @@
+"""From what a user calls a model to the folder that holds it: a path, the shipped model's name, or a Hub id.
+
+Never imports torch; huggingface_hub only when something must be looked up there.
+"""
+
+from __future__ import annotations
+
+import re
+from importlib.util import find_spec
+from pathlib import Path
+
+from axon_llm.errors import ModelNotFound
+
+SHIPPED = ("axon-tiny",)
+DEFAULT_MODEL = "axon-tiny"
+WANTED_FILES = (
+    "model*.safetensors",  # not "consolidated.safetensors", the same weights again under other names
+    "model.safetensors.index.json",
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "special_tokens_map.json",
+)
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*\Z")
+
+
+def locate(name: str | Path) -> Path:
+    """The folder of a model.
+
+    Args:
+        name: a folder with a ``config.json``, the name of a shipped model, or ``organisation/name`` on the Hugging Face
+            Hub, which is downloaded (with a progress bar on standard error) unless it is in the local cache.
+
+    Raises:
+        ModelNotFound: nothing of that name; the hint lists what is there.
+    """
+    text = str(name)
+    folder = Path(text).expanduser()
+    if (folder / "config.json").is_file():
+        return folder
+    if text in SHIPPED:
+        shipped = shipped_folder() / text
+        if (shipped / "config.json").is_file():
+            return shipped
+        raise ModelNotFound(f"the shipped model {text} is missing from this installation ({shipped})", _what_is_there())
+    if folder.is_dir():
+        raise ModelNotFound(
+            f"{folder} is a folder without a config.json", "A model folder holds config.json and *.safetensors."
+        )
+    if folder.is_file():
+        raise ModelNotFound(f"{folder} is a file", "Give the folder that holds config.json and *.safetensors.")
+    if _HUB_ID.match(text) and ".." not in text:
+        return _from_hub(text)
+    raise ModelNotFound(f"no model named {text!r}", _what_is_there())
+
+
+def shipped_folder() -> Path:
+    """Where shipped checkpoints are: the installed package ``axon_weights``, or ``weights/`` of a source tree."""
+    spec = find_spec("axon_weights")
+    if spec is not None and spec.submodule_search_locations:
+        return Path(next(iter(spec.submodule_search_locations)))
+    return Path(__file__).resolve().parent.parent / "weights"
+
+
+def available() -> list[str]:
+    """Names that work without a network: shipped models and those in the Hub's local cache."""
+    names = [name for name in SHIPPED if (shipped_folder() / name / "config.json").is_file()]
+    try:
+        from huggingface_hub import scan_cache_dir
+
+        names += sorted(repo.repo_id for repo in scan_cache_dir().repos if repo.repo_type == "model")
+    except Exception:  # no cache folder yet, or no huggingface_hub: nothing to list
+        return names
+    return names
+
+
+def _what_is_there() -> str:
+    return f"Here: {', '.join(available()) or 'nothing'}; or a folder, a Hub id (organisation/name), or random:SHAPE."
+
+
+def _from_hub(repo: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+    )
+
+    try:
+        return Path(snapshot_download(repo, allow_patterns=list(WANTED_FILES)))
+    except GatedRepoError:
+        raise ModelNotFound(
+            f"{repo} is gated", "Accept its licence on the Hub and log in with `hf auth login`."
+        ) from None
+    except RepositoryNotFoundError:
+        raise ModelNotFound(f"the Hub has no model {repo}, or it is private", _what_is_there()) from None
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+        raise ModelNotFound(
+            f"{repo} is not in the local cache and cannot be downloaded: {reason}", _what_is_there()
+        ) from None
+    except Exception as error:  # a transport error of whatever HTTP library is in use
+        raise ModelNotFound(
+            f"{repo} is not in the local cache and cannot be downloaded ({type(error).__name__})", _what_is_there()
+        ) from None
