@@ -1,0 +1,1 @@
+"""Turning a model into a service: sampling, the compiled step, continuous batching, prefix reuse."""
