@@ -1,0 +1,74 @@
+"""fp8 weights and activations (e4m3) on GPUs from Hopper on: half of bfloat16's bytes, and products at twice its rate.
+
+The same operator serves one row and a whole prefill. Each output channel has a scale, and each *row* of activations one
+of its own, so that a row's result does not depend on the rows computed with it.
+
+Legend: R rows · K input channels · N output channels
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from axon_llm.errors import UsageError
+from axon_llm.fast.linear import FastLinear
+
+LARGEST = 448.0  # in e4m3
+MULTIPLE = 16  # what the operator wants K and N to be
+
+
+def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Round each row of ``x`` ``[R, K]`` to e4m3 ``q`` and ``scale`` ``[R, 1]`` float32 with ``x ≈ q · scale``."""
+    wide = x.float()
+    scale = (wide.abs().amax(dim=-1, keepdim=True) / LARGEST).clamp_min(1e-12)
+    return (wide / scale).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn), scale
+
+
+def quantise_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Round ``weight`` ``[N, K]`` to e4m3 ``[N, K]`` and scales ``[N]`` float32.
+
+    Raises:
+        UsageError: N or K is not a multiple of 16.
+    """
+    if weight.shape[0] % MULTIPLE or weight.shape[1] % MULTIPLE:
+        raise UsageError(
+            f"fp8 needs sizes that are multiples of {MULTIPLE}; this model has a {list(weight.shape)} linear",
+            "--quantize int8 has no such limit.",
+        )
+    parts = [round_rows(rows) for rows in weight.split(4096)]  # a float32 copy of an output layer is a gigabyte
+    return torch.cat([q for q, _ in parts]), torch.cat([scale[:, 0] for _, scale in parts])
+
+
+class Fp8Linear(FastLinear):
+    """A linear layer with fp8 weights, one scale per output channel, and one activation scale per row.
+
+    Args:
+        q: ``[N, K]`` e4m3.
+        scale: ``[N]`` float32.
+        bias: ``[N]`` or ``None``.
+    """
+
+    kind = "fp8"
+    q: Tensor
+    scale: Tensor
+
+    def __init__(self, q: Tensor, scale: Tensor, bias: Tensor | None = None) -> None:
+        super().__init__(q.shape[1], q.shape[0])
+        self.register_buffer("q", q.contiguous())
+        self.register_buffer("scale", scale[None].contiguous())  # [1, N]
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` ``[…, K]`` bfloat16 → ``[…, N]``."""
+        q, scale = round_rows(x.reshape(-1, self.in_features))
+        y = torch._scaled_mm(
+            q, self.q.t(), scale_a=scale, scale_b=self.scale, out_dtype=torch.bfloat16, use_fast_accum=True
+        )
+        y = y.view(*x.shape[:-1], self.out_features)
+        return y if self.bias is None else y + self.bias
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of fp8 values and their scales."""
+        return self.q.nbytes + self.scale.nbytes

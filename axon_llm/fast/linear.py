@@ -1,0 +1,102 @@
+"""Linear layers with a choice of kernel: drop-in replacements for ``nn.Linear`` in inference.
+
+``PlainLinear`` keeps the weights as they are stored in the checkpoint (they may be a memory map) and multiplies a
+single row with the library's matrix-vector kernel. ``PackedLinear`` stores them in the layout oneDNN's kernels read
+fastest. Both compute what ``nn.Linear`` computes, up to the order of summation.
+
+Legend: R rows · K input channels · N output channels
+
+Read next: ``int8.py``, ``int4.py`` (quantised weights), ``replace.py``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from axon_llm.fast import ops
+
+
+class FastLinear(nn.Module):
+    """What all variants share: sizes, a name, and the bytes one step has to read.
+
+    Attributes:
+        in_features: K.
+        out_features: N.
+        kind: name of the variant.
+    """
+
+    kind = ""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of weights and scales that every pass reads."""
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        """Sizes and kind, for ``print(model)``."""
+        return f"{self.in_features} → {self.out_features}, {self.kind}"
+
+
+class PlainLinear(FastLinear):
+    """Weights as stored; one row by matrix · vector, several by ``F.linear``.
+
+    Args:
+        weight: ``[N, K]``, kept without a copy.
+        bias: ``[N]`` or ``None``.
+    """
+
+    kind = "plain"
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        super().__init__(weight.shape[1], weight.shape[0])
+        self.weight = nn.Parameter(weight.detach(), requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` ``[…, K]`` → ``[…, N]``."""
+        if x.device.type != "cpu" or x.numel() != self.in_features:
+            return F.linear(x, self.weight, self.bias)
+        y: Tensor = (torch.ops.axon.gemv if torch.compiler.is_compiling() else ops.gemv)(x, self.weight)
+        return y if self.bias is None else y + self.bias
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weight."""
+        return self.weight.nbytes
+
+
+class PackedLinear(FastLinear):
+    """Weights in oneDNN's layout, chosen for a given number of rows and used for any.
+
+    The layout is opaque and belongs to this process: it cannot be saved, moved or differentiated.
+
+    Args:
+        weight: ``[N, K]`` bfloat16 or float32 on the CPU; not needed afterwards.
+        bias: ``[N]`` or ``None``.
+        rows: rows the layout is chosen for.
+    """
+
+    kind = "packed"
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, rows: int = 1) -> None:
+        super().__init__(weight.shape[1], weight.shape[0])
+        self.dtype = weight.dtype
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), rows)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` ``[…, K]`` → ``[…, N]``."""
+        linear = torch.ops.axon.packed_linear if torch.compiler.is_compiling() else ops.packed_linear
+        y: Tensor = linear(x, self.packed, self.bias, self.out_features)
+        return y
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weight, without the padding the layout may add."""
+        return self.in_features * self.out_features * self.dtype.itemsize

@@ -1,0 +1,91 @@
+"""Which kernel multiplies by the weights: the one place where that is decided, from device, dtype and rows.
+
+Rows are the tokens that go through a linear layer together: slots in a decode step, chunk length in a prefill. A decode
+step reads every weight to use it a few times, so it is bound by memory bandwidth; a prefill uses each weight hundreds
+of times, so it is bound by arithmetic. The measurements behind each choice are in ``docs/performance.md``.
+
+This file imports nothing but the standard library and knows no kernel's code: ``linear.py`` does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from axon_llm.errors import UsageError
+
+QUANTIZE = ("int8", "int4", "fp8")
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A choice of kernel.
+
+    Attributes:
+        kernel: name of the class in ``linear.py`` or its neighbours that holds the weights.
+        fuse: one linear for query, key and value, and one for gate and up.
+        decode: how one row is multiplied, in words.
+        prefill: how many rows are multiplied, in words.
+        bits: stored bits per weight, scales included.
+    """
+
+    kernel: Literal["plain", "packed", "int8", "int4", "fp8", "reference"]
+    fuse: bool
+    decode: str
+    prefill: str
+    bits: float
+
+
+def choose(*, device: str, dtype: str, rows: int, quantize: str | None, amx: bool, fp8: bool = False) -> Plan:
+    """Decide how weights are stored and multiplied.
+
+    Args:
+        device: ``"cpu"`` or ``"cuda"``.
+        dtype: of the activations, ``"bfloat16"``, ``"float16"`` or ``"float32"``.
+        rows: rows of a decode step (slots).
+        quantize: ``"int8"``, ``"int4"``, ``"fp8"`` or ``None``.
+        amx: the CPU has matrix tiles (Intel AMX).
+        fp8: the device multiplies fp8 (Nvidia Hopper and later).
+
+    Raises:
+        UsageError: a quantisation that does not exist, or not here.
+    """
+    if quantize is not None and quantize not in QUANTIZE:
+        raise UsageError(f"--quantize {quantize!r} is not known", f"Known: {', '.join(QUANTIZE)}.")
+    if quantize == "fp8":
+        if not fp8 or dtype != "bfloat16":
+            raise UsageError(
+                f"--quantize fp8 needs an Nvidia GPU from Hopper on, and bfloat16; here are {device} and {dtype}",
+                "--quantize int8 works everywhere.",
+            )
+        how = "cuBLAS or CUTLASS fp8, one activation scale per row"
+        return Plan("fp8", True, how, how, 8)
+    width = 32 if dtype == "float32" else 16
+    if device != "cpu":
+        if quantize is None:
+            return Plan("plain", True, "cuBLAS", "cuBLAS", width)
+        few = "Triton kernel that reads the weights as stored, up to 64 rows (without Triton: converted, then cuBLAS)"
+        many = "converted, then cuBLAS"
+        return Plan("int8", True, few, many, 8) if quantize == "int8" else Plan("int4", True, few, many, 5)
+    if quantize == "int8":
+        how = "oneDNN u8·s8, one activation scale per row"
+        return Plan("int8", True, how, how, 8)
+    if quantize == "int4":
+        return Plan("int4", True, "groups of 32, converted inside the product", "converted by blocks, then oneDNN", 5)
+    if dtype == "float16":
+        return Plan("reference", False, "F.linear", "F.linear", width)
+    if dtype == "bfloat16" and rows == 1 and amx:
+        return Plan("plain", False, "matrix · vector on the weights as stored", "oneDNN, packed on the fly", width)
+    return Plan("packed", True, "oneDNN, packed once", "oneDNN, packed once", width)
+
+
+def attention_kernel(*, device: str, dtype: str, amx: bool, bf16_products: bool) -> Literal["fused", "products"]:
+    """Decide how attention is computed over the cache.
+
+    Args:
+        device: ``"cpu"`` or ``"cuda"``.
+        dtype: of queries, keys and values.
+        amx: the CPU has matrix tiles, which the fused kernel uses.
+        bf16_products: the CPU multiplies pairs of bfloat16 numbers (AVX-512 BF16).
+    """
+    return "products" if device == "cpu" and dtype == "bfloat16" and bf16_products and not amx else "fused"

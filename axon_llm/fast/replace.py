@@ -1,0 +1,186 @@
+"""Swap a model's parts for fast ones, and say what was swapped.
+
+The model is changed in place and returned; each weight is released as soon as its replacement exists, so that memory
+peaks at one layer above the larger of the two. What comes out is a ``Transformer`` like any other: same forward, same
+logits up to the order of summation (and up to quantisation, where asked for).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from axon_llm.errors import UsageError
+from axon_llm.fast import ops
+from axon_llm.fast.attention import fastest_attend
+from axon_llm.fast.blocks import FusedAttention, FusedFeedForward
+from axon_llm.fast.fp8 import Fp8Linear, quantise_fp8
+from axon_llm.fast.int4 import Int4Linear, Int4WeightLinear, pack
+from axon_llm.fast.int8 import Int8Linear, Int8WeightLinear
+from axon_llm.fast.linear import FastLinear, PackedLinear, PlainLinear
+from axon_llm.fast.plan import Plan, choose
+from axon_llm.fast.quantise import GROUP, quantise_int4, quantise_int8
+from axon_llm.model import Transformer
+
+
+def accelerate(
+    model: Transformer, quantize: str | None = None, *, rows: int = 1, plan: Plan | None = None
+) -> Transformer:
+    """Replace the parts of a model that a faster variant exists for on its device.
+
+    Args:
+        model: changed in place; for inference only afterwards.
+        quantize: ``"int8"``, ``"int4"``, ``"fp8"`` (on GPUs that have it) or ``None`` (same precision).
+        rows: slots a decode step will run.
+        plan: overrides the choice (tests, measurements).
+
+    Returns:
+        The same model.
+
+    Raises:
+        UsageError: an unknown quantisation, or one this device does not have.
+    """
+    weight = model.embed_tokens.weight
+    if plan is None:
+        plan = choose(
+            device=weight.device.type,
+            dtype=str(weight.dtype).removeprefix("torch."),
+            rows=rows,
+            quantize=quantize,
+            amx=weight.device.type == "cpu" and has_amx(),
+            fp8=weight.device.type == "cuda" and torch.cuda.get_device_capability(weight.device) >= (9, 0),
+        )
+        if plan.kernel == "packed" and not ops.works("packed", weight.dtype):
+            plan = replace(plan, kernel="plain", decode="F.linear", prefill="F.linear")
+    if plan.kernel == "reference" or any(isinstance(module, FastLinear) for module in model.modules()):
+        return model  # nothing faster, or loaded from a packed checkpoint
+    model.requires_grad_(False)
+    if plan.fuse:
+        return fuse(model, lambda _, linears: _make(plan, rows, linears))
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear):
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, _make(plan, rows, [module]))
+    return model
+
+
+def fuse(model: Transformer, make: Callable[[str, list[nn.Linear]], nn.Module]) -> Transformer:
+    """Replace every linear, several with the same input by one.
+
+    Args:
+        model: changed in place.
+        make: from the new linear's name (such as ``layers.0.self_attn.qkv_proj``) and the linears it stands for, in
+            order, to the new linear.
+
+    Returns:
+        The same model.
+    """
+    blocks: Any = model.layers  # of Block; the container does not say so
+    for index, block in enumerate(blocks):
+        attention, mlp, prefix = block.self_attn, block.mlp, f"layers.{index}"
+        qkv = make(f"{prefix}.self_attn.qkv_proj", _take(attention, "q_proj", "k_proj", "v_proj"))
+        out = make(f"{prefix}.self_attn.o_proj", _take(attention, "o_proj"))
+        block.self_attn = FusedAttention(attention, qkv, out, fastest_attend(model.embed_tokens.weight))
+        gate_up = make(f"{prefix}.mlp.gate_up_proj", _take(mlp, "gate_proj", "up_proj"))
+        block.mlp = FusedFeedForward(gate_up, make(f"{prefix}.mlp.down_proj", _take(mlp, "down_proj")))
+    model.lm_head = make("lm_head", _take(model, "lm_head"))  # type: ignore[assignment]
+    return model
+
+
+def has_amx() -> bool:
+    """The CPU multiplies small matrices in hardware (Intel AMX), in bfloat16 and int8."""
+    probe = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return bool(probe is not None and probe())
+
+
+def describe(model: Transformer) -> dict[str, Any]:
+    """What multiplies by this model's weights.
+
+    Returns:
+        ``kernels`` (kind → number of linears), ``linear_bytes`` (weights and scales a decode step reads),
+        ``fused`` (projections are fused), ``plain_linears`` (not replaced).
+    """
+    kinds: dict[str, int] = {}
+    total, untouched = 0, 0
+    for _, module in _linears(model):
+        if isinstance(module, FastLinear):
+            kinds[module.kind] = kinds.get(module.kind, 0) + 1
+            total += module.weight_bytes
+        else:
+            untouched += 1
+            total += module.weight.nbytes
+    return {
+        "kernels": kinds,
+        "linear_bytes": total,
+        "fused": any(isinstance(module, FusedAttention) for module in model.modules()),
+        "plain_linears": untouched,
+    }
+
+
+def _linears(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    for name, module in model.named_modules():
+        if isinstance(module, FastLinear | nn.Linear):
+            yield name, module
+
+
+def _take(parent: nn.Module, *names: str) -> list[nn.Linear]:
+    """Remove linears from their parent, so that their weights can be released."""
+    taken = [getattr(parent, name) for name in names]
+    for name in names:
+        delattr(parent, name)
+    return taken
+
+
+def quantised(kernel: str, linears: Sequence[nn.Linear]) -> tuple[Tensor, ...]:
+    """The weights of linears, stacked and quantised, as their fast variant takes them.
+
+    Raises:
+        UsageError: sizes that cannot be grouped.
+    """
+    weight = stack([linear.weight for linear in linears])
+    assert weight is not None
+    if kernel == "int8":
+        return quantise_int8(weight)
+    if kernel == "fp8":
+        return quantise_fp8(weight)
+    if weight.shape[1] % GROUP or weight.shape[0] % GROUP:
+        raise UsageError(
+            f"int4 needs sizes that are multiples of {GROUP}; this model has a {list(weight.shape)} linear",
+            "--quantize int8 has no such limit.",
+        )
+    return quantise_int4(weight)
+
+
+def build(kernel: str, values: tuple[Tensor, ...], bias: Tensor | None) -> FastLinear:
+    """The linear that holds quantised weights, for their device; a portable one where a kernel is missing."""
+    on_cpu = values[0].device.type == "cpu" and ops.works(kernel)
+    if kernel == "int8":
+        q, scale = values
+        return Int8Linear(q, scale, bias) if on_cpu else Int8WeightLinear(q, scale, bias)
+    if kernel == "fp8":
+        q, scale = values
+        return Fp8Linear(q, scale, bias)
+    q, scale, middle = values
+    return Int4Linear(*pack(q, scale, middle), bias) if on_cpu else Int4WeightLinear(q, scale, middle, bias)
+
+
+def _make(plan: Plan, rows: int, linears: Sequence[nn.Linear]) -> nn.Module:
+    """One fast linear that does the work of several with the same input, stacked in order."""
+    bias = stack([linear.bias for linear in linears])
+    if plan.kernel in ("int8", "int4", "fp8"):
+        return build(plan.kernel, quantised(plan.kernel, linears), bias)
+    weight = stack([linear.weight for linear in linears])
+    assert weight is not None
+    return PackedLinear(weight, bias, rows) if plan.kernel == "packed" else PlainLinear(weight, bias)
+
+
+def stack(parts: Sequence[Tensor | None]) -> Tensor | None:
+    """Weights, or biases, of linears one below the other; ``None`` where there are none."""
+    present = [part for part in parts if part is not None]
+    if not present:
+        return None
+    return present[0] if len(present) == 1 else torch.cat(present)
