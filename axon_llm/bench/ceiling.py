@@ -1,0 +1,86 @@
+"""The machine's limits, measured in the same run as what is held against them.
+
+A decode step cannot be faster than reading its weights and cache once; a prefill cannot be faster than its
+multiplications. Both rates depend on the machine, the threads, and on a shared machine on the minute.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from statistics import median
+
+import torch
+
+_READ_BYTES = {"cpu": 1 << 30, "cuda": 4 << 30}
+_MATRIX = {"cpu": 2048, "cuda": 8192}
+_AT_ONCE = 10  # on a GPU: the time of a launch would count in one alone
+
+
+class Ceilings:
+    """Probes that are run again and again between measurements; the medians count.
+
+    Memory is read on a CPU. On a GPU it is copied, as its makers measure it, and each byte counts twice.
+
+    Args:
+        device: what to probe.
+        dtype: of the matrix product.
+
+    Attributes:
+        bandwidth: ``"read bandwidth"`` or ``"copy bandwidth"``.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self._device = device
+        copies = device.type == "cuda"
+        self.bandwidth = "copy bandwidth" if copies else "read bandwidth"
+        self._data = torch.ones(_READ_BYTES[device.type] // 4, device=device)
+        self._copy = torch.empty_like(self._data) if copies else None
+        size = _MATRIX[device.type]
+        self._one, self._other = torch.randn(2, size, size, device=device).to(dtype)
+        self._read: list[float] = []
+        self._matmul: list[float] = []
+
+    def probe(self) -> None:
+        """Measure each once."""
+        self._read.append(self._quickest(self._touch))
+        self._matmul.append(self._quickest(lambda: self._one @ self._other))
+
+    def _touch(self) -> None:
+        if self._copy is None:
+            self._data.sum()
+        else:
+            self._copy.copy_(self._data)
+
+    def _quickest(self, work: Callable[[], object]) -> float:
+        if self._device.type == "cpu":
+            return min(seconds(work, self._device) for _ in range(3))
+        work()
+        before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        before.record()
+        for _ in range(_AT_ONCE):
+            work()
+        after.record()
+        after.synchronize()
+        return before.elapsed_time(after) / 1e3 / _AT_ONCE
+
+    @property
+    def read_bytes_per_s(self) -> float:
+        """Bytes per second between memory and processor, all threads together."""
+        return self._data.nbytes * (1 if self._copy is None else 2) / median(self._read)
+
+    @property
+    def flops_per_s(self) -> float:
+        """Floating-point operations per second of a large matrix product."""
+        return 2 * self._one.shape[0] ** 3 / median(self._matmul)
+
+
+def seconds(work: Callable[[], object], device: torch.device) -> float:
+    """How long ``work`` takes, the device's queue included."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start

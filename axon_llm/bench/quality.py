@@ -1,0 +1,79 @@
+"""What quantisation costs in quality: ``python -m axon_llm.bench.quality -m MODEL``.
+
+The float32 readable model is the truth. On the same tokens, each mode's logits are compared with it: relative error
+(the norm of the difference over the norm of the logits), how often the likeliest token is the same, and the mean
+Kullback-Leibler divergence in nats per token, the logarithm of what perplexity on its own text rises by.
+For a model that has learned something the tokens are text it samples itself, at temperature 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from axon_llm.cache import KVCache
+from axon_llm.checkpoint import load
+from axon_llm.fast import accelerate
+from axon_llm.model import Transformer
+
+MODES: tuple[tuple[str, str, str | None], ...] = (
+    ("bfloat16", "bfloat16", None),
+    ("int8", "bfloat16", "int8"),
+    ("int4", "bfloat16", "int4"),
+)
+
+
+@torch.inference_mode()
+def sample(model: Transformer, rows: int, length: int, seed: int = 0) -> Tensor:
+    """Text that the model writes at temperature 1, ``[rows, length]``; begins with token 1 + row."""
+    generator = torch.Generator().manual_seed(seed)
+    cache = KVCache(model.config, slots=rows, max_seq_len=length)
+    tokens = torch.arange(1, rows + 1)[:, None]
+    for position in range(length - 1):
+        logits = model(tokens[:, -1:], torch.full((rows, 1), position), cache)[:, 0]
+        tokens = torch.cat((tokens, torch.softmax(logits, -1).multinomial(1, generator=generator)), dim=1)
+    return tokens
+
+
+@torch.inference_mode()
+def compare(exact: Tensor, actual: Tensor) -> dict[str, float]:
+    """Error figures of logits ``[B, T, V]`` against exact ones."""
+    p, q = exact.log_softmax(-1), actual.log_softmax(-1)
+    return {
+        "relative_error": float((actual - exact).norm() / exact.norm()),
+        "same_likeliest": float((actual.argmax(-1) == exact.argmax(-1)).float().mean()),
+        "kl_nats": float((p.exp() * (p - q)).sum(-1).mean()),
+    }
+
+
+def measure(name: str, rows: int, length: int) -> list[dict[str, object]]:
+    """The figures of every mode on one model."""
+    truth, _ = load(name, device="cpu", dtype="float32")
+    positions = torch.arange(length).expand(rows, length)
+    results: list[dict[str, object]] = []
+    with torch.inference_mode():
+        tokens = sample(truth, rows, length)
+        exact = truth(tokens, positions)
+        for mode, dtype, quantize in MODES:
+            model = accelerate(load(name, device="cpu", dtype=dtype)[0], quantize)
+            results.append({"mode": mode, "tokens": tokens.numel(), **compare(exact, model(tokens, positions))})
+    return results
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print one JSON object per mode."""
+    parser = argparse.ArgumentParser(description="What quantisation costs in quality.")
+    parser.add_argument("-m", "--model", default="axon-tiny")
+    parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--length", type=int, default=256)
+    given = parser.parse_args(arguments)
+    for result in measure(given.model, given.rows, given.length):
+        print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""The rows of ``axon bench``: prefill and decode speeds of one model, named as llama-bench names them.
+
+``pp512`` prefills 512 tokens; ``tg128`` decodes 128 tokens, one by one, from an empty cache; ``tg128 @ d2048`` the same
+with 2,048 tokens in the cache before. All rows are measured in turn, several times over, so that a change of the
+machine's speed meets all of them.
+
+The cache's contents are random numbers: what is in it has no bearing on speed, except that zeros might.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from statistics import mean, median, stdev
+
+import torch
+
+from axon_llm.bench.ceiling import Ceilings, seconds
+from axon_llm.config import ModelConfig
+from axon_llm.engine.runner import Runner
+from axon_llm.model import Transformer
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """What a row measures.
+
+    Attributes:
+        kind: ``"pp"`` (prefill) or ``"tg"`` (decode).
+        tokens: how many.
+        depth: tokens in the cache before.
+        batch: sequences decoding together.
+    """
+
+    kind: str
+    tokens: int
+    depth: int = 0
+    batch: int = 1
+
+    @property
+    def name(self) -> str:
+        """Such as ``tg128 @ d2048``."""
+        return f"{self.kind}{self.tokens}" + (f" @ d{self.depth}" if self.depth else "")
+
+
+@dataclass(slots=True)
+class Row:
+    """One case and its times.
+
+    Attributes:
+        case: what was measured.
+        bytes_per_step: bytes of weights and cache that one decode step must read, on average over the row; 0 for
+            prefill.
+        flops: multiplications and additions of the whole prefill; 0 for decode.
+        seconds: of each repetition.
+    """
+
+    case: Case
+    bytes_per_step: float
+    flops: float
+    seconds: list[float] = field(default_factory=list)
+
+    @property
+    def rates(self) -> list[float]:
+        """Tokens per second of each repetition, all sequences together."""
+        return [self.case.tokens * self.case.batch / s for s in self.seconds]
+
+    def report(self, ceilings: Ceilings) -> dict[str, object]:
+        """The row as an element of ``axon bench --json``."""
+        typical = median(self.seconds)
+        if self.case.kind == "tg":
+            share = self.bytes_per_step * self.case.tokens / typical / ceilings.read_bytes_per_s
+        else:
+            share = self.flops / typical / ceilings.flops_per_s
+        return {
+            "test": self.case.name,
+            "kind": self.case.kind,
+            "tokens": self.case.tokens,
+            "depth": self.case.depth,
+            "batch": self.case.batch,
+            "repetitions": len(self.seconds),
+            "tokens_per_s_mean": mean(self.rates),
+            "tokens_per_s_sd": stdev(self.rates) if len(self.rates) > 1 else 0.0,
+            "tokens_per_s_median": median(self.rates),
+            "ms_per_step": 1e3 * typical / (self.case.tokens if self.case.kind == "tg" else 1),
+            "bytes_per_token": self.bytes_per_step / self.case.batch if self.case.kind == "tg" else None,
+            "ceiling": ceilings.bandwidth if self.case.kind == "tg" else "matrix product",
+            "share_of_ceiling": share,
+        }
+
+
+@torch.inference_mode()
+def measure(
+    model: Transformer,
+    cases: Sequence[Case],
+    *,
+    weight_bytes: int,
+    repetitions: int = 5,
+    compile: bool = False,
+    prefill_chunk: int | None = None,
+    progress: Callable[[str], None] | None = None,
+    after: Callable[[Case], None] | None = None,
+) -> tuple[list[Row], Ceilings, Runner]:
+    """Measure every case ``repetitions`` times, in turn, after one warm-up.
+
+    Args:
+        model: the decoder, with whatever parts replaced.
+        cases: what to measure.
+        weight_bytes: bytes of weights that a pass reads.
+        repetitions: how often.
+        compile: compile the decode step.
+        prefill_chunk: tokens per prefill chunk; sized to the device when omitted.
+        progress: called with the name of what is measured next.
+        after: called after each repetition of a case, the warm-up included: measures a peer next to it.
+
+    Returns:
+        The rows, the machine's limits, and the runner, which knows how its steps were run.
+    """
+    config = model.config
+    length = max(case.depth + case.tokens for case in cases)
+    runner = Runner(
+        model, slots=max(case.batch for case in cases), max_seq_len=length, prefill_chunk=prefill_chunk, compile=compile
+    )
+    runner.cache.k.normal_()
+    runner.cache.v.normal_()
+    ceilings = Ceilings(runner.device, model.embed_tokens.weight.dtype)
+    rows = [
+        Row(
+            case,
+            *(
+                (step_bytes(config, case, weight_bytes, runner), 0.0)
+                if case.kind == "tg"
+                else (0.0, prefill_flops(config, case.tokens))
+            ),
+        )
+        for case in cases
+    ]
+    for repetition in range(repetitions + 1):
+        ceilings.probe()
+        for row in rows:
+            if progress is not None:
+                progress(f"{row.case.name} × {row.case.batch} ({'warm-up' if repetition == 0 else repetition})")
+            work = _prefill if row.case.kind == "pp" else _decode
+            taken = seconds(lambda: work(runner, row.case), runner.device)  # noqa: B023 - called at once
+            if repetition:
+                row.seconds.append(taken)
+            if after is not None:
+                after(row.case)
+    return rows, ceilings, runner
+
+
+def step_bytes(config: ModelConfig, case: Case, weight_bytes: int, runner: Runner) -> float:
+    """Bytes one decode step must read: the weights once, and each sequence's keys and values."""
+    per_position = 2 * config.num_layers * config.num_kv_heads * config.head_dim * runner.cache.k.dtype.itemsize
+    return weight_bytes + case.batch * per_position * (case.depth + (case.tokens + 1) / 2)
+
+
+def prefill_flops(config: ModelConfig, tokens: int) -> float:
+    """Two operations per weight and token, and the causal half of attention; the output layer runs for one token."""
+    per_token = config.num_parameters - config.vocab_size * config.hidden_size * (
+        1 if config.tie_word_embeddings else 2
+    )
+    attention = 2 * config.num_layers * config.num_heads * config.head_dim * tokens * tokens
+    return 2.0 * per_token * tokens + attention + 2.0 * config.vocab_size * config.hidden_size
+
+
+def _prefill(runner: Runner, case: Case) -> None:
+    tokens = _tokens(runner, case.tokens)
+    chunk = runner.buckets.chunks.values[-1]
+    for start in range(0, case.tokens, chunk):
+        logits = runner.prefill(0, tokens, start, min(start + chunk, case.tokens))
+    int(logits.argmax())
+
+
+def _decode(runner: Runner, case: Case) -> None:
+    tokens = _tokens(runner, case.batch)
+    for step in range(case.tokens):
+        position = case.depth + step
+        logits = runner.decode(tokens, [position] * case.batch, runner.buckets.lengths.at_least(position + 1))
+        tokens = logits.argmax(dim=-1).tolist()  # the one read of a step, as in the engine
+
+
+def _tokens(runner: Runner, count: int) -> list[int]:
+    vocabulary = runner.model.config.vocab_size
+    return [(7919 * index + 13) % vocabulary for index in range(count)]
