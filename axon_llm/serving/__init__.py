@@ -1,0 +1,1 @@
+"""The serving path: wire messages, broker, token log, worker, session manager."""

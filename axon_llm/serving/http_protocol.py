@@ -1,0 +1,89 @@
+"""What uvicorn leaves open at the edge of a connection: endless, huge and folded heads, and errors in plain text.
+
+Behind nginx none of this is reached; ``axon serve`` and tests without a gateway rely on it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from typing import Any
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from axon_llm.serving.http_errors import ApiError
+
+_FOLDED = re.compile(rb"\n[ \t]")
+
+
+class StrictProtocol(H11Protocol):
+    """HTTP/1.1 with limits of time and size on heads, no line folding, and OpenAI's error shape for what is malformed.
+
+    ``header_timeout_s`` is set on a subclass by ``strict_protocol``.
+    """
+
+    header_timeout_s = 10.0
+    _head_timer: asyncio.TimerHandle | None = None
+    _head = b""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """A head is expected from now on."""
+        super().connection_made(transport)
+        self._expect_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Nothing is expected any more."""
+        self._stop_timer()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Looks at a head before h11 unfolds it, and stops the clock once it is whole."""
+        if self.conn.their_state is h11.IDLE:
+            if self._head_timer is None:
+                self._expect_head()  # the first bytes of another request on a kept connection
+            self._head += data
+            end = re.search(rb"\n\r?\n", self._head)
+            head = self._head[: end.start() + 1] if end else self._head
+            fault = ""
+            if len(head) > (self.config.h11_max_incomplete_event_size or len(head)):
+                fault = f"The head of the request is larger than {self.config.h11_max_incomplete_event_size:,} bytes."
+            elif _FOLDED.search(head):
+                fault = "A header is folded over several lines."
+            if end or fault:
+                self._head = b""
+                self._stop_timer()
+            if fault:
+                self.send_400_response(fault)
+                return
+        super().data_received(data)
+
+    def send_400_response(self, msg: str) -> None:
+        """Answers what is not HTTP, and closes."""
+        body = ApiError(400, msg, code="invalid_http").encoded()
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE, h11.ERROR):
+            head = (
+                "HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\n"
+                f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
+            )
+            self.transport.write(head.encode() + body)
+        self.transport.close()
+
+    def _expect_head(self) -> None:
+        self._head_timer = self.loop.call_later(self.header_timeout_s, self._give_up)
+
+    def _stop_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _give_up(self) -> None:
+        self._head_timer = None
+        if self.conn.their_state is h11.IDLE and not self.transport.is_closing():
+            self.transport.close()
+
+
+def strict_protocol(header_timeout_s: float) -> type[StrictProtocol]:
+    """The protocol class with its time limit, as uvicorn wants it."""
+    attributes: dict[str, Any] = {"header_timeout_s": header_timeout_s}
+    return type("StrictProtocol", (StrictProtocol,), attributes)

@@ -1,0 +1,113 @@
+"""What the routes share: the store, the queue, who is asking, settings, and work that outlives a request."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections import Counter
+from collections.abc import Coroutine, Iterator
+from typing import Any
+
+from starlette.requests import Request
+
+from axon_llm.serving.http_auth import Identify
+from axon_llm.serving.http_capacity import Capacity
+from axon_llm.serving.http_errors import ApiError, unavailable
+from axon_llm.serving.http_metrics import HttpMetrics
+from axon_llm.serving.http_settings import SessionManagerSettings
+from axon_llm.serving.ports import JobNotFound, JobQueue, JobStore, StoreUnavailable
+from axon_llm.serving.wire import JobRef
+
+CANCEL_TRIES = 5
+CANCEL_PAUSE_S = 1.0
+
+log = logging.getLogger("axon.session_manager")
+
+
+class Service:
+    """One session manager's state, which is little: everything that matters is in the store.
+
+    Attributes:
+        stopping: set when the process has been asked to end. A stream that breaks from then on was not left by its
+            client, and its job goes on.
+    """
+
+    def __init__(
+        self,
+        settings: SessionManagerSettings,
+        store: JobStore,
+        queue: JobQueue,
+        identify: Identify,
+        keys: Identify | None = None,
+    ) -> None:
+        self.settings = settings
+        self.store = store
+        self.queue = queue
+        self.identify = identify
+        self.keys = keys
+        self.capacity = Capacity(store, queue, settings.models)
+        self.metrics = HttpMetrics()
+        self.stopping = False
+        self.streams = 0
+        self.streams_of: Counter[str] = Counter()
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    async def tenant(self, request: Request) -> str:
+        """The tenant of a request; kept in its state for the access log."""
+        tenant = await self.identify(request)
+        request.state.tenant = tenant
+        return tenant
+
+    async def refuse_when_full(self, tenant: str, model: str) -> None:
+        """Raises 503 where this process answers as many streams as it may, 429 where as many of one tenant."""
+        if self.streams >= self.settings.max_streams:
+            wait_s = await self.capacity.retry_after_s(model)
+            raise unavailable("This server answers as many requests as it can.", wait_s)
+        if self.streams_of[tenant] >= self.settings.max_streams_per_tenant:
+            raise ApiError(
+                429,
+                f"{self.settings.max_streams_per_tenant:,} requests are open already; wait for one to end.",
+                code="too_many_open_requests",
+                retry_after_s=await self.capacity.retry_after_s(model),
+            )
+
+    @contextlib.contextmanager
+    def counted(self, tenant: str) -> Iterator[None]:
+        """Counts an answer as open."""
+        self.streams += 1
+        self.streams_of[tenant] += 1
+        self.metrics.open_streams.inc()
+        try:
+            yield
+        finally:
+            self.metrics.open_streams.dec()
+            self.streams_of[tenant] -= 1
+            if not self.streams_of[tenant]:
+                del self.streams_of[tenant]
+            self.streams -= 1
+
+    def spawn(self, work: Coroutine[Any, Any, Any]) -> None:
+        """Runs something that must not end with the request that caused it."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def cancel(self, ref: JobRef) -> None:
+        """Cancels a job that nobody waits for, trying again while the store is away."""
+        for attempt in range(CANCEL_TRIES):
+            try:
+                await self.store.cancel(ref)
+                return
+            except JobNotFound:
+                return
+            except StoreUnavailable:
+                await asyncio.sleep(CANCEL_PAUSE_S * (attempt + 1))
+        log.warning("job %s could not be cancelled: the store is away; it ends at its deadline", ref.job_id)
+
+    async def close(self) -> None:
+        """Finishes what was spawned, briefly, then closes queue and store."""
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=2.0)
+        await self.queue.close()
+        await self.store.close()
