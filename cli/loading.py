@@ -1,0 +1,68 @@
+"""From options to a loaded model and its sampling parameters. Imports torch, so commands import it late."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from axon_llm.engine.params import SamplingParams
+from axon_llm.errors import RequestError, UsageError
+from axon_llm.model import Transformer
+from axon_llm.tokenizer import Tokenizer
+
+from .render import stderr_console
+
+
+def load(
+    name: str, *, device: str | None, dtype: str | None, quantize: str | None, rows: int = 1
+) -> tuple[Transformer, Tokenizer]:
+    """Load a model with the fastest parts for ``rows`` sequences; says so on standard error while it takes time."""
+    with _status(f"loading {name} …"):
+        from axon_llm.checkpoint import load as load_checkpoint
+        from axon_llm.fast import accelerate
+        from axon_llm.fast.threads import fit_threads
+
+        model, tokenizer = load_checkpoint(name, device=device, dtype=dtype)
+        model = accelerate(model, quantize, rows=rows)
+        fit_threads(model)
+        return model, tokenizer
+
+
+def sampling(tokenizer: Tokenizer, *, max_tokens: int, stop: Sequence[str] | None, **given: Any) -> SamplingParams:
+    """Sampling parameters: what was given, else what the checkpoint's authors recommend, else the defaults.
+
+    Raises:
+        RequestError: a value is out of range.
+    """
+    chosen = {**tokenizer.generation_defaults, **{name: value for name, value in given.items() if value is not None}}
+    return SamplingParams(max_tokens=max_tokens, stop=tuple(stop or ()), **chosen)
+
+
+def cache_length(needed: int, asked: int | None, limit: int) -> int:
+    """Positions for a cache: what was asked for, else what the run needs, within the model's limit.
+
+    Raises:
+        UsageError: asked for nonsense, or for more than the model's context.
+        RequestError: the run needs more than fits.
+    """
+    if asked is not None and not 1 <= asked <= limit:
+        raise UsageError(f"--max-seq-len must be from 1 to {limit}, the model's context, not {asked}")
+    room = limit if asked is None else asked
+    if needed > room:
+        raise RequestError(
+            f"prompt and --max-tokens need {needed} positions, the context has {room}",
+            code="context_length_exceeded",
+            hint="Shorten the prompt or lower --max-tokens.",
+        )
+    return room if asked is not None else needed
+
+
+@contextmanager
+def _status(text: str) -> Iterator[None]:
+    console = stderr_console()
+    if not console.is_terminal:
+        yield
+        return
+    with console.status(f"[dim]{text}[/]"):
+        yield
