@@ -1,0 +1,1 @@
+"""The checkpoint that ships, and the recipe that made it."""
