@@ -1,0 +1,11 @@
+"""For every test: one thread of arithmetic each, here and in what tests start.
+
+The models are tiny: threads would spend their time waiting for each other, and for the other tests on the machine.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

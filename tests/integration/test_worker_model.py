@@ -1,0 +1,98 @@
+"""The worker with a real engine: what only a model can get wrong."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from axon_llm.serving.decoder import load_decoder
+from axon_llm.serving.embedded import EmbeddedQueue, EmbeddedStore
+from axon_llm.serving.wire import Job, LogEntry, Sampling
+from axon_llm.serving.worker import Worker
+from axon_llm.serving.worker_process import Decoder
+from tests.integration.backends import in_event_loop, make_job
+from tests.integration.conftest import settings_for
+
+SETTINGS = settings_for("redis://unused", "amqp://unused")
+PROMPT = "Once upon a time there was a little house at the end of a long road, and in it lived an old man"
+
+
+@pytest.fixture(scope="module")
+def decoder() -> Decoder:
+    return load_decoder("axon-tiny", dtype="float32", slots=2, max_seq_len=128)
+
+
+class Bench:
+    """One worker on an embedded store and queue."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.decoder = decoder
+        self.store, self.queue = EmbeddedStore(SETTINGS), EmbeddedQueue(SETTINGS, prefetch=2)
+        self.worker = Worker(
+            SETTINGS,
+            decoder.engine,
+            self.store.worker_side(),
+            self.queue.source(),
+            encode=decoder.encode,
+            text_of=decoder.text_of,
+            models=decoder.models,
+            worker_id="w1",
+        )
+        self._thread = threading.Thread(target=self.worker.run)
+        self._thread.start()
+
+    async def answer(self, job: Job) -> list[LogEntry]:
+        await self.store.submit(job)
+        await self.queue.publish(job)
+        return [entry async for entry in self.store.stream(job.ref) if entry is not None]
+
+    def stop(self) -> None:
+        self.worker.stop()
+        self._thread.join(20)
+
+
+@pytest.fixture
+def bench(decoder: Decoder) -> Iterator[Bench]:
+    running = Bench(decoder)
+    yield running
+    running.stop()
+
+
+def cached_tokens(entries: list[LogEntry]) -> int:
+    terminal = entries[-1].terminal
+    assert terminal is not None
+    assert terminal.usage is not None
+    return terminal.usage.cached_tokens
+
+
+@in_event_loop
+async def test_a_prompt_that_another_tenant_sent_is_not_taken_from_the_cache(bench: Bench) -> None:
+    [model] = bench.decoder.models
+    found = [
+        cached_tokens(await bench.answer(make_job(tenant=tenant, model=model.id, prompt=PROMPT, max_tokens=2)))
+        for tenant in ("alice", "alice", "mallory", "mallory")
+    ]
+    assert found[0] == 0
+    assert found[1] > 10
+    assert found[2] == 0
+    assert found[3] == found[1]
+
+
+@in_event_loop
+async def test_logprobs_name_the_tokens_themselves_where_the_text_lags_behind(bench: Bench) -> None:
+    [model] = bench.decoder.models
+    greedy = Sampling(max_tokens=20, temperature=0, logprobs=1, ignore_eos=True)
+    [_, second, *_] = await bench.answer(make_job(model=model.id, prompt=PROMPT, sampling=greedy))
+    # Begins as the second token's text does and never goes on as the answer does: that text is held for a while.
+    sampling = greedy.model_copy(update={"stop": (f"{second.token_text}never said",)})
+    entries = await bench.answer(make_job(model=model.id, prompt=PROMPT, sampling=sampling))
+    assert len(entries) == 20
+    for entry in entries:
+        assert entry.token is not None
+        assert entry.token_text == bench.decoder.text_of(entry.token)
+    assert [entry.token_text for entry in entries] != [entry.text for entry in entries]
+    plain = sampling.model_copy(update={"logprobs": None})
+    unscored = await bench.answer(make_job(model=model.id, prompt=PROMPT, sampling=plain))
+    assert {entry.token_text for entry in unscored} == {None}

@@ -1,0 +1,49 @@
+"""The benchmarks that are programs of their own: what they prepare is what they say."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from axon_llm import load
+from axon_llm.bench.speculation import PERIOD, measure, permuting
+from axon_llm.bench.startup import run_process, write_checkpoint
+from axon_llm.checkpoint import random_model
+from axon_llm.engine.generate import greedy
+from axon_llm.errors import AxonError
+from axon_llm.shapes import shape_config
+
+
+@pytest.mark.parametrize("period", [PERIOD, None])
+def test_a_permuted_model_writes_the_successors(period: int | None) -> None:
+    model = random_model(shape_config("tiny"), torch.device("cpu"), torch.float32)
+    written = greedy(permuting(model, period), [3], 2 * PERIOD, cache=None)
+    cycle = period or model.config.vocab_size
+    assert list(written) == [(4 + i) % cycle for i in range(2 * PERIOD)]
+
+
+def test_speculation_is_measured_on_a_text_that_repeats_and_one_that_does_not() -> None:
+    rows = measure("random:tiny", None, "float32", 24, 1, compile=False)
+    assert [row["text"] for row in rows] == ["repeats its prompt", "does not repeat"]
+    assert all(row["speedup"] > 0 for row in rows)
+
+
+def test_a_checkpoint_of_a_shape_loads_as_any_other_and_holds_the_same_weights(tmp_path: Path) -> None:
+    model = random_model(shape_config("tiny"), torch.device("cpu"), torch.bfloat16)
+    write_checkpoint(model, "tiny", tmp_path / "tiny")
+    loaded, tokenizer = load(tmp_path / "tiny", device="cpu")
+    assert len(tokenizer.encode("x" * 512)) == 512
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+
+
+def test_a_program_that_fails_is_not_a_measurement() -> None:
+    with pytest.raises(AxonError, match="exit code 3: no weights"):
+        run_process(["sh", "-c", "echo no weights >&2; exit 3"])
+
+
+def test_a_program_is_timed_and_its_memory_counted() -> None:
+    seconds, peak = run_process([sys.executable, "-c", "held = bytearray(b'x') * 200_000_000"])
+    assert seconds > 0
+    assert 200e6 < peak < 400e6

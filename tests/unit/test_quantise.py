@@ -1,0 +1,262 @@
+"""Quantised weights: the arithmetic, the kernels against it, and what a neighbour may not change."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_fast import CONFIG, QWEN, prefill_and_decode, random_model
+
+from axon_llm.checkpoint import load_model
+from axon_llm.config import ModelConfig
+from axon_llm.errors import CheckpointError, ConfigError, UsageError
+from axon_llm.fast import accelerate, describe, ops
+from axon_llm.fast.fp8 import quantise_fp8
+from axon_llm.fast.int4 import MANY_ROWS, Int4Linear, Int4WeightLinear, layout_is_known, pack
+from axon_llm.fast.int8 import Int8Linear, Int8WeightLinear, quantise_rows
+from axon_llm.fast.packed import load_packed, write_packed
+from axon_llm.fast.plan import choose
+from axon_llm.fast.quantise import dequantise_int4, dequantise_int8, quantise_int4, quantise_int8
+
+
+def weights(n: int = 128, k: int = 96) -> torch.Tensor:
+    return torch.randn(n, k, generator=torch.Generator().manual_seed(0))
+
+
+def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((actual.float() - expected.float()).norm() / expected.float().norm())
+
+
+def test_an_int8_weight_is_at_most_half_a_step_off() -> None:
+    w = weights()
+    q, scale = quantise_int8(w)
+    assert ((dequantise_int8(q, scale) - w).abs() <= scale[:, None] / 2 * 1.0001).all()
+    assert q.abs().amax() == 127
+
+
+def test_an_int4_weight_is_at_most_half_a_step_off_besides_the_rounding_of_scale_and_middle() -> None:
+    w = weights()
+    q, scale, middle = quantise_int4(w)
+    step = scale.float().repeat_interleave(32, dim=1)
+    assert ((dequantise_int4(q, scale, middle) - w).abs() <= step * 0.56).all()
+    assert (int(q.amin()), int(q.amax())) == (0, 15)
+
+
+def test_a_row_of_zeros_and_a_constant_group_survive_quantisation() -> None:
+    w = weights()
+    w[3], w[5] = 0.0, 0.25
+    assert dequantise_int8(*quantise_int8(w))[3].abs().amax() == 0
+    torch.testing.assert_close(dequantise_int4(*quantise_int4(w))[[3, 5]], w[[3, 5]])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_are_rounded_to_half_a_step_and_never_wrap_around(dtype: torch.dtype) -> None:
+    x = (torch.randn(200, 96, generator=torch.Generator().manual_seed(1)) * torch.logspace(-6, 4, 200)[:, None]).to(
+        dtype
+    )
+    q, scale = quantise_rows(x)
+    back = (q.float() - 128) * scale.float()
+    assert ((back - x.float()).abs() <= scale.float() * 0.501).all()
+
+
+def test_the_int8_kernel_computes_the_product_of_the_rounded_numbers() -> None:
+    w, x = weights(), torch.randn(5, 96, generator=torch.Generator().manual_seed(2))
+    q, scale = quantise_int8(w)
+    bytes_, rows = quantise_rows(x)
+    exact = ((bytes_.float() - 128) * rows) @ dequantise_int8(q, scale).T
+    torch.testing.assert_close(Int8Linear(q, scale)(x), exact, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("count", [1, 3, MANY_ROWS - 1, MANY_ROWS, 200])
+@pytest.mark.parametrize("n", [128, 96])
+def test_the_int4_kernels_compute_the_product_with_the_rounded_weights(n: int, count: int) -> None:
+    w, x = weights(n), torch.randn(count, 96, generator=torch.Generator().manual_seed(2)).bfloat16()
+    values = quantise_int4(w)
+    exact = x.float() @ dequantise_int4(*values).T
+    assert relative(Int4Linear(*pack(*values))(x), exact) < 0.006
+
+
+def test_the_block_wise_path_is_used_where_it_should_be() -> None:
+    assert layout_is_known() or torch.backends.cpu.get_cpu_capability() not in ("AVX512", "AVX2")
+    values = quantise_int4(weights(96))
+    assert not Int4Linear(*pack(*values)).blockwise
+
+
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_is_the_same_to_the_last_bit_whatever_its_batch_mates_are(quantize: str, dtype: torch.dtype) -> None:
+    w, x = weights(128, 256), torch.randn(16, 256, generator=torch.Generator().manual_seed(3)).to(dtype)
+    linear = Int8Linear(*quantise_int8(w)) if quantize == "int8" else Int4Linear(*pack(*quantise_int4(w)))
+    alone = linear(x[:1])
+    for others in (x[1:] * 1000, x[1:] * 0, x[1:3]):
+        assert torch.equal(linear(torch.cat((x[:1], others)))[:1], alone)
+
+
+def test_the_variants_without_a_cpu_kernel_compute_the_same() -> None:
+    w, x = weights(), torch.randn(5, 96, generator=torch.Generator().manual_seed(2))
+    q, scale = quantise_int8(w)
+    torch.testing.assert_close(Int8WeightLinear(q, scale)(x), x @ dequantise_int8(q, scale).T, rtol=1e-4, atol=1e-4)
+    values = quantise_int4(w)
+    torch.testing.assert_close(Int4WeightLinear(*values)(x), x @ dequantise_int4(*values).T, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("config", [CONFIG, QWEN], ids=["llama", "biases-and-qk-norm"])
+@pytest.mark.parametrize(("quantize", "bound"), [("int8", 0.03), ("int4", 0.3)])
+def test_a_quantised_model_stays_close_to_the_exact_one(quantize: str, bound: float, config: ModelConfig) -> None:
+    model = random_model(config)
+    exact = prefill_and_decode(model, torch.float32)
+    actual = prefill_and_decode(accelerate(copy.deepcopy(model), quantize), torch.float32)
+    assert 1e-4 < relative(actual, exact) < bound
+
+
+def test_what_was_quantised_is_described_with_its_bytes() -> None:
+    small, large = describe(accelerate(random_model(CONFIG), "int8")), describe(random_model(CONFIG))
+    assert small["kernels"] == {"int8": 4 * CONFIG.num_layers + 1}
+    assert 0.25 < small["linear_bytes"] / large["linear_bytes"] < 0.28
+
+
+def test_int4_refuses_sizes_it_cannot_group() -> None:
+    config = ModelConfig(
+        vocab_size=96,
+        hidden_size=48,
+        intermediate_size=160,
+        num_layers=1,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+        max_position_embeddings=64,
+    )
+    with pytest.raises(UsageError, match="multiples of 32"):
+        accelerate(random_model(config), "int4")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch imports its own deprecated parts when it compiles
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+def test_a_compiled_quantised_step_gives_the_same_logits(quantize: str) -> None:
+    model = accelerate(random_model(CONFIG, torch.bfloat16), quantize)
+    tokens, positions = torch.tensor([[5, 6, 7]]), torch.tensor([[0, 1, 2]])
+    with torch.inference_mode():
+        step = torch.compile(lambda t, p: model(t, p), fullgraph=True)
+        assert relative(step(tokens, positions), model(tokens, positions)) < 0.05
+
+
+RAW = {
+    "model_type": "qwen3", "vocab_size": 128, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 64,
+    "attention_bias": True, "sliding_window": None, "dtype": "float32",
+}  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A checkpoint with float weights."""
+    model = random_model(ModelConfig.from_dict(RAW))
+    source = tmp_path / "float"
+    source.mkdir()
+    names = {name: name if name.startswith("lm_head") else f"model.{name}" for name in model.state_dict()}
+    save_file({names[k]: v.clone() for k, v in model.state_dict().items()}, source / "model.safetensors")
+    (source / "config.json").write_text(json.dumps(RAW))
+    (source / "chat_template.jinja").write_text("{{ messages }}")
+    return source
+
+
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+def test_a_packed_checkpoint_gives_the_logits_of_quantising_at_load(folder: Path, quantize: str) -> None:
+    target = folder.parent / quantize
+    written = write_packed(folder, target, quantize)
+    config = ModelConfig.from_file(target / "config.json")
+    assert config.packed == quantize
+    assert (target / "chat_template.jinja").is_file()
+    assert written < 0.5 * (folder / "model.safetensors").stat().st_size
+    cpu = torch.device("cpu")
+    at_load = accelerate(load_model(folder, ModelConfig.from_file(folder / "config.json"), cpu), quantize)
+    packed = load_packed(target, config, cpu)
+    assert torch.equal(prefill_and_decode(packed, torch.float32), prefill_and_decode(at_load, torch.float32))
+    assert accelerate(packed, quantize) is packed
+
+
+def test_int4_weights_survive_a_change_of_layout(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = folder.parent / "int4"
+    write_packed(folder, target, "int4")
+    config, cpu = ModelConfig.from_file(target / "config.json"), torch.device("cpu")
+    expected = prefill_and_decode(load_packed(target, config, cpu), torch.float32)
+    monkeypatch.setattr("axon_llm.fast.packed.layout_is_known", lambda: False)
+    torch.testing.assert_close(
+        prefill_and_decode(load_packed(target, config, cpu), torch.float32), expected, rtol=1e-5, atol=1e-5
+    )
+
+
+def test_a_packed_checkpoint_is_refused_where_it_does_not_fit(folder: Path) -> None:
+    target = folder.parent / "int8"
+    write_packed(folder, target, "int8")
+    config, cpu = ModelConfig.from_file(target / "config.json"), torch.device("cpu")
+    with pytest.raises(UsageError, match="cannot become int4"):
+        load_packed(target, config, cpu, quantize="int4")
+    with pytest.raises(UsageError, match="not an empty folder"):
+        write_packed(folder, target, "int8")
+    with pytest.raises(CheckpointError, match="packed already"):
+        write_packed(target, folder.parent / "again", "int8")
+    tensors = load_file(target / "model.safetensors")
+    tensors["layers.0.mlp.down_proj.scale"] = tensors["layers.0.mlp.down_proj.scale"][:-1].clone()
+    save_file(tensors, target / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"down_proj\.scale is \[63\], should be \[64\]"):
+        load_packed(target, config, cpu)
+    del tensors["layers.0.mlp.down_proj.scale"]
+    save_file(tensors, target / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"lacks layers\.0\.mlp\.down_proj\.scale"):
+        load_packed(target, config, cpu)
+
+
+def test_an_unknown_packed_format_is_refused() -> None:
+    with pytest.raises(ConfigError, match="axon_packed"):
+        ModelConfig.from_dict({**RAW, "axon_packed": {"version": 2, "weights": "int8"}})
+
+
+def test_fp8_keeps_weights_to_within_a_sixteenth_and_is_refused_where_there_is_none() -> None:
+    weight = torch.randn(64, 96, generator=torch.Generator().manual_seed(0))
+    q, scale = quantise_fp8(weight)
+    assert (q.dtype, q.shape, scale.shape) == (torch.float8_e4m3fn, weight.shape, torch.Size([64]))
+    error = (q.float() * scale[:, None] - weight).abs()
+    assert (error <= weight.abs() / 16 + scale[:, None] * 2**-9).all()
+    with pytest.raises(UsageError, match="multiples of 16"):
+        quantise_fp8(weight[:60])
+    with pytest.raises(UsageError, match="Hopper"):
+        accelerate(random_model(CONFIG), "fp8")
+    with pytest.raises(UsageError, match="Hopper"):
+        choose(device="cuda", dtype="float32", rows=1, quantize="fp8", amx=False, fp8=True)
+    assert choose(device="cuda", dtype="bfloat16", rows=1, quantize="fp8", amx=False, fp8=True).kernel == "fp8"
+
+
+def test_a_checkpoint_is_packed_in_known_ways_only(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="fp8"):
+        write_packed(tmp_path, tmp_path / "packed", "fp8")
+
+
+@pytest.mark.parametrize(("quantize", "bound"), [(None, 1e-4), ("int8", 0.03), ("int4", 0.3)])
+def test_a_pytorch_without_the_private_operators_is_slow_and_right_and_says_so_once(
+    quantize: str | None, bound: float, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Lacking:
+        def __getattr__(self, name: str) -> object:
+            raise AttributeError(f"there is no {name}")
+
+    model = random_model(CONFIG)
+    expected = prefill_and_decode(model, torch.float32)
+    for namespace in ("mkldnn", "onednn"):
+        monkeypatch.setattr(torch.ops, namespace, Lacking(), raising=False)
+    if quantize == "int4":
+        monkeypatch.setattr(torch.ops, "aten", Lacking())
+    ops.works.cache_clear()
+    layout_is_known.cache_clear()
+    try:
+        fast = accelerate(copy.deepcopy(model), quantize)
+        assert relative(prefill_and_decode(fast, torch.float32), expected) < bound
+    finally:
+        monkeypatch.undo()
+        ops.works.cache_clear()
+        layout_is_known.cache_clear()
+    assert describe(fast)["fused"]
+    assert capsys.readouterr().err.count("lacks what they use") == 1

@@ -1,0 +1,159 @@
+"""The whole recipe at toy size: tokenizer, training, checkpoint, resume, export, loss curve."""
+
+import dataclasses
+import json
+import random
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+
+from axon_llm import load
+from axon_llm.layers import attention
+from weights import train as recipe
+from weights.corpus import RECALL_WEIGHT, USER_WEIGHT, batch, dialogue_text, encode
+from weights.dialogues import conversation, render
+from weights.templates import unmark
+from weights.tokenizer_training import train_tokenizer
+
+VOCAB = 600
+TOY = dataclasses.replace(
+    recipe.CONFIG, vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_layers=2, num_heads=2, num_kv_heads=1,
+    head_dim=16, layer_windows=(),
+)  # fmt: skip
+SCHEDULE = recipe.Schedule(peak_lr=1e-2, warm_up=3, phases=((0.0, 64), (0.5, 128)), step_tokens=((64, 512), (128, 512)))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("toy")
+    train_tokenizer(folder, VOCAB, documents=40)
+    return folder
+
+
+@pytest.fixture
+def tokenizer(folder):
+    return Tokenizer.from_file(str(folder / "tokenizer.json"))
+
+
+def trainer(run, tokens):
+    return recipe.Trainer(TOY, SCHEDULE, recipe.Budget(tokens), run, seed=1, device="cpu", compiled=False)
+
+
+def test_the_recipe_trains_and_writes_a_checkpoint_that_loads(folder, tokenizer, tmp_path):
+    toy = trainer(tmp_path, 30 * 512)
+    recipe.train(toy, tokenizer, folder)
+    first, last = (sum(loss for _, loss in part) / 5 for part in (toy.losses[:5], toy.losses[-5:]))
+    assert toy.step == 30
+    assert last < first - 0.5
+    model, text_side = load(folder, dtype="float32", device="cpu")
+    for name, weight in toy.averaged().items():
+        torch.testing.assert_close(model.get_parameter(name), weight.bfloat16().float(), rtol=0, atol=0)
+    assert text_side.vocab_size == VOCAB
+    assert ElementTree.parse(folder / "loss.svg").getroot().tag.endswith("svg")
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log] == list(range(1, 31))
+
+
+def test_a_resumed_run_is_the_unbroken_run(tokenizer, tmp_path):
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "broken").mkdir()
+    whole, broken = trainer(tmp_path / "whole", 10 * 512), trainer(tmp_path / "broken", 10 * 512)
+    for _ in range(8):
+        whole.train_step(tokenizer)
+    for _ in range(4):
+        broken.train_step(tokenizer)
+    broken.save()
+    resumed = trainer(tmp_path / "broken", 10 * 512)
+    assert resumed.resume()
+    for _ in range(4):
+        resumed.train_step(tokenizer)
+    assert resumed.losses == whole.losses
+    for left, right in zip(whole.average, resumed.average, strict=True):
+        torch.testing.assert_close(left, right, rtol=0, atol=0)
+
+
+def test_training_leaves_the_serving_attention_as_it_was():
+    usual = attention.attend
+    with recipe.causal_attention():
+        assert attention.attend is recipe.causal_attend
+    assert attention.attend is usual
+
+
+def test_the_training_attention_gives_the_serving_models_logits():
+    model = recipe.fresh_model(TOY, seed=0)
+    tokens = torch.randint(0, VOCAB, (2, 20), generator=torch.Generator().manual_seed(0))
+    positions = torch.arange(20).expand(2, 20)
+    usual = model(tokens, positions, None)
+    with recipe.causal_attention():
+        torch.testing.assert_close(model(tokens, positions, None), usual, rtol=1e-4, atol=1e-4)
+
+
+def test_rows_are_full_and_a_function_of_the_seed(tokenizer):
+    first, again, other = (batch(tokenizer, seed, 3, 96, 0.5) for seed in ("a", "a", "b"))
+    assert first[0].shape == first[1].shape == first[2].shape == (3, 96)
+    assert torch.equal(first[0], again[0])
+    assert not torch.equal(first[0], other[0])
+    assert torch.equal(first[0][:, 1:], first[1][:, :-1])
+
+
+def test_recalled_values_weigh_more_and_the_users_words_less(tokenizer):
+    marked = render(conversation(random.Random(4), 1500))
+    text, spans = unmark(marked)
+    ids, weights = encode(tokenizer, marked)
+    offsets = tokenizer.encode(text, add_special_tokens=False).offsets
+    assert len(ids) == len(weights) == len(offsets)
+    for (begin, end), weight in zip(offsets, weights, strict=True):
+        inside = any(begin < b and a < end for a, b in spans)
+        assert inside == (weight == RECALL_WEIGHT), (text[begin:end], weight)
+    user_text = text.split("<|im_start|>user\n")[1].split("<|im_end|>")[0]
+    at = text.index(user_text)
+    assert {w for (b, _), w in zip(offsets, weights, strict=True) if at <= b < at + len(user_text)} == {USER_WEIGHT}
+
+
+def test_the_learning_rate_warms_up_stays_and_falls_to_almost_nothing():
+    schedule = recipe.Schedule(peak_lr=1.0, warm_up=10, decay_from=0.5)
+    assert schedule.rate(0, 0.0) == pytest.approx(0.1)
+    assert schedule.rate(50, 0.3) == 1.0
+    assert schedule.rate(90, 0.75) == pytest.approx(0.5)
+    assert schedule.rate(99, 1.0) == pytest.approx(0.02)
+
+
+def test_long_sequences_join_late_and_short_ones_stay():
+    schedule = recipe.Schedule()
+    drawn = {spent: {schedule.shape(random.Random(i), spent)[1] for i in range(200)} for spent in (0.0, 0.3, 0.5, 0.9)}
+    assert drawn == {0.0: {256}, 0.3: {256, 512}, 0.5: {256, 512, 1024}, 0.9: {256, 512, 1024, 2048}}
+
+
+def test_a_budget_in_time_is_spent_by_time():
+    assert recipe.Budget(1000).spent(500, 99.0) == 0.5
+    assert recipe.Budget(1000, seconds=10.0).spent(0, 2.5) == 0.25
+    assert recipe.Budget(1000, seconds=10.0).spent(0, 99.0) == 1.0
+
+
+def test_dialogue_documents_are_about_as_long_as_asked_for(tokenizer):
+    lengths = [len(encode(tokenizer, dialogue_text(random.Random(i), 500))[0]) for i in range(10)]
+    assert min(lengths) >= 450
+
+
+def test_one_command_goes_from_nothing_to_a_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setattr(recipe, "CONFIG", TOY)
+    monkeypatch.setattr(recipe, "Schedule", lambda peak_lr: dataclasses.replace(SCHEDULE, peak_lr=peak_lr))
+    monkeypatch.setattr(recipe, "train_tokenizer", lambda out, size: train_tokenizer(out, size, documents=20))
+    out = tmp_path / "model"
+    recipe.main(["--out", str(out), "--tokens", "2048", "--no-compile", "--device", "cpu"])
+    wanted = {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "SHA256SUMS",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "loss.svg",
+    }
+    assert {path.name for path in out.iterdir()} == wanted
+    recipe.main(["--out", str(out), "--tokens", "4096", "--no-compile", "--device", "cpu"])
+    steps = [json.loads(line)["step"] for line in (tmp_path / "model.run" / "log.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, len(steps) + 1))
+    assert len(steps) == 8
