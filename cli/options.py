@@ -16,7 +16,9 @@ Device = Annotated[str | None, typer.Option(envvar="AXON_DEVICE", help="cpu, cud
 Dtype = Annotated[
     str | None, typer.Option(envvar="AXON_DTYPE", help="float32, bfloat16 or float16; the checkpoint's own.")
 ]
-Quantize = Annotated[str | None, typer.Option(envvar="AXON_QUANTIZE", help="int8 or int4 weights.")]
+Quantize = Annotated[
+    str | None, typer.Option(envvar="AXON_QUANTIZE", help="int8 or int4 weights; fp8 on Nvidia GPUs from Hopper on.")
+]
 Compile = Annotated[
     bool,
     typer.Option("--compile/--no-compile", envvar="AXON_COMPILE", help="Compile the decode step; slower to start."),

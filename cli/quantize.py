@@ -22,13 +22,9 @@ def command(
 
     Use it like any other model: axon generate -m OUTPUT.
     """
-    from axon_llm.errors import UsageError
     from axon_llm.fast.packed import write_packed
-    from axon_llm.fast.plan import QUANTIZE
     from axon_llm.locate import locate
 
-    if weights not in QUANTIZE:
-        raise UsageError(f"--weights {weights!r} is not known", f"Known: {', '.join(QUANTIZE)}.")
     source = locate(model)
     start = time.perf_counter()
     written = write_packed(source, output, weights)

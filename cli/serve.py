@@ -40,7 +40,9 @@ def command(
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …; a GPU if there is one.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the checkpoint's own.")] = None,
-    quantize: Annotated[str | None, typer.Option(help="int8 or int4.")] = None,
+    quantize: Annotated[
+        str | None, typer.Option(help="int8 or int4 weights; fp8 on Nvidia GPUs from Hopper on.")
+    ] = None,
     compile: Annotated[
         bool, typer.Option("--compile/--no-compile", help="Compile the decode step; slower to start, faster after.")
     ] = False,

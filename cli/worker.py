@@ -35,7 +35,9 @@ def command(
             "Only in float32 is an answer that another worker continues the uninterrupted one to the last token."
         ),
     ] = None,
-    quantize: Annotated[str | None, typer.Option(help="int8 or int4.")] = None,
+    quantize: Annotated[
+        str | None, typer.Option(help="int8 or int4 weights; fp8 on Nvidia GPUs from Hopper on.")
+    ] = None,
     compile: Annotated[
         bool, typer.Option("--compile/--no-compile", help="Compile the decode step; slower to start, faster after.")
     ] = False,

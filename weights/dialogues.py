@@ -43,17 +43,24 @@ class Conversation:
         unseen: use only names that training text never contains.
         messages: what was said, in order; recalled values stand between marks (``templates.py``).
         facts: what the user has told, the newest of each key; the one mentioned longest ago comes first.
+        kept_back: keys of facts that nobody mentions for now, so that they come to be asked for from far away.
     """
 
     rng: random.Random
     unseen: bool = False
     messages: list[Message] = field(default_factory=list)
     facts: dict[str, Fact] = field(default_factory=dict)
+    kept_back: frozenset[str] = frozenset()
 
     @property
     def name(self) -> str | None:
-        """The user's name, if it was told."""
-        return self.facts["name"].value if "name" in self.facts else None
+        """The user's name, if it was told and may be mentioned."""
+        return self.facts["name"].value if "name" in self.facts and "name" not in self.kept_back else None
+
+    @property
+    def length(self) -> int:
+        """Characters so far, the marks of the chat format included."""
+        return sum(len(message["content"]) + 25 for message in self.messages)
 
     def exchange(self, user: str, assistant: str) -> None:
         """Add what the user says and what the assistant answers."""
@@ -73,10 +80,10 @@ class Conversation:
         answer = self._heard(rng.choice(facts))
         self.exchange(" ".join(said), answer)
 
-    def _news(self, name: bool = False) -> Fact:
+    def news(self, name: bool = False) -> Fact:
         """A fact to tell; now and then it replaces one told before."""
         fact = draw_fact(self.rng, self.unseen, name)
-        while fact.key in self.facts and self.rng.random() < 0.9:
+        while fact.key in self.kept_back or (fact.key in self.facts and self.rng.random() < 0.9):
             fact = draw_fact(self.rng, self.unseen)
         return fact
 
@@ -165,7 +172,7 @@ class Conversation:
     def turn(self) -> None:
         """Something happens: what, depends on how much there is to ask for."""
         rng = self.rng
-        known = list(self.facts.values())
+        known = [fact for key, fact in self.facts.items() if key not in self.kept_back]
         draw = rng.random()
         if draw < 0.40 and known:
             # Half of the questions go to what was not mentioned for the longest time: far recall is the rarer skill.
@@ -177,8 +184,8 @@ class Conversation:
         elif draw < 0.45:
             self.ask_unknown()
         elif draw < 0.70 and len(known) < 24:
-            new = self._news(name="name" not in self.facts and rng.random() < 0.35)
-            both = (new, self._news())
+            new = self.news(name="name" not in self.facts and rng.random() < 0.35)
+            both = (new, self.news())
             self.tell(*(both if rng.random() < 0.25 and both[0].key != both[1].key else both[:1]))
         elif draw < 0.955:
             self.chat()
@@ -192,16 +199,49 @@ def _fill(template: str, value: str, rng: random.Random) -> str:
     return expand(template, {"v": value, "month": rng.choice(words.MONTHS)}, rng)
 
 
-def conversation(rng: random.Random, characters: int, unseen: bool = False) -> list[Message]:
-    """Write a conversation of at least ``characters`` characters; recalled values stand between marks."""
+def conversation(rng: random.Random, characters: int, unseen: bool = False, far: float = 0.0) -> list[Message]:
+    """Write a conversation of at least ``characters`` characters; recalled values stand between marks.
+
+    Args:
+        rng: source of every choice.
+        characters: how long it has to be.
+        unseen: use only names that training text never contains.
+        far: share of conversations that begin with facts, go on to other things, and end with questions for what was
+            told at the beginning: many recalls over the whole length, which are rare in talk that wanders.
+    """
     talk = Conversation(rng, unseen)
     if rng.random() < 0.08:
         talk.messages.append({"role": "system", "content": rng.choice(SYSTEM)})
     if rng.random() < 0.5:
         talk.tell(draw_fact(rng, unseen, name=rng.random() < 0.6))
-    while sum(len(message["content"]) + 25 for message in talk.messages) < characters:
+    if rng.random() < far:
+        _ask_from_afar(talk, characters)
+    while talk.length < characters:
         talk.turn()
     return talk.messages
+
+
+def _ask_from_afar(talk: Conversation, characters: int) -> None:
+    """Facts, then other things for about half of ``characters``, then questions for the facts in any order."""
+    rng = talk.rng
+    told_by, asked_from = rng.uniform(0.05, 0.3) * characters, rng.uniform(0.55, 0.85) * characters
+    while talk.length < told_by:
+        if rng.random() < 0.8:
+            talk.tell(talk.news(name="name" not in talk.facts and rng.random() < 0.35))
+        else:
+            talk.chat()
+    talk.kept_back = frozenset(talk.facts)
+    while talk.length < asked_from:
+        talk.turn()
+    asked = rng.sample(sorted(talk.kept_back), len(talk.kept_back))
+    while asked and talk.length < characters:
+        if rng.random() < 0.8:
+            key = asked.pop()
+            talk.kept_back -= {key}
+            talk.ask(talk.facts[key])
+        else:
+            talk.turn()
+    talk.kept_back = frozenset()
 
 
 def render(messages: list[Message], add_generation_prompt: bool = False) -> str:

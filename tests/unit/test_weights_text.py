@@ -80,6 +80,20 @@ def test_every_recalled_value_was_said_before_it_is_recalled():
             said += " " + text
 
 
+def test_a_conversation_can_end_with_questions_for_what_was_told_at_its_beginning():
+    def far_recalls(far: float) -> int:
+        count = 0
+        for seed in range(20):
+            text, spans = unmark(render(conversation(random.Random(seed), 9000, far=far)))
+            text = text.lower()
+            said = [(text.rfind(text[begin:end], 0, begin), begin) for begin, end in spans]
+            assert all(before >= 0 for before, _ in said)
+            count += sum(begin - before > 5000 for before, begin in said)
+        return count
+
+    assert far_recalls(1.0) > 100 > 4 * far_recalls(0.0)
+
+
 def test_text_is_the_same_for_the_same_seed_and_differs_for_another():
     texts = [render(conversation(random.Random(seed), 1000)) for seed in (5, 5, 6)]
     assert texts[0] == texts[1] != texts[2]
