@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,6 +13,9 @@ from axon_llm.config import ModelConfig
 from axon_llm.errors import UsageError
 
 from . import options
+
+if TYPE_CHECKING:
+    from axon_llm.fast.plan import Plan
 
 CONTEXTS = (512, 2048, 8192, 32768, 131072)
 SLOTS = (1, 8, 64)
@@ -85,6 +88,7 @@ def as_report(model: str, folder: str | None, config: ModelConfig, weight_bytes:
         for dtype in ELEMENT_BYTES
         for context in contexts
     ]
+    plans = chosen_plans()
     windows = sorted({window for window in config.layer_windows if window is not None})
     return {
         "schema": "axon.inspect/1",
@@ -109,19 +113,21 @@ def as_report(model: str, folder: str | None, config: ModelConfig, weight_bytes:
         "cache": cache,
         "memory_bytes": room,
         "fits": fits,
-        "decode_kernels": chosen_kernels(),
+        "decode_kernels": {name: plan.decode for name, plan in plans.items()},
+        "prefill_kernels": {name: plan.prefill for name, plan in plans.items()},
     }
 
 
-def chosen_kernels() -> dict[str, str]:
-    """How one row is multiplied by the weights on this machine, by precision, as ``axon_llm.fast`` decides it."""
+def chosen_plans() -> dict[str, Plan]:
+    """What multiplies by the weights on this machine, by precision, as ``axon_llm.fast`` decides it."""
     import torch
 
+    from axon_llm.fast.ops import wide_products
     from axon_llm.fast.plan import choose
     from axon_llm.fast.replace import has_amx
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    amx = device == "cpu" and has_amx()
+    amx, wide = device == "cpu" and has_amx(), device == "cpu" and wide_products()
     wanted = {
         "float32": ("float32", None),
         "bfloat16": ("bfloat16", None),
@@ -129,7 +135,7 @@ def chosen_kernels() -> dict[str, str]:
         "int4": ("bfloat16", "int4"),
     }
     return {
-        name: choose(device=device, dtype=dtype, rows=1, quantize=quantize, amx=amx).decode
+        name: choose(device=device, dtype=dtype, rows=1, quantize=quantize, amx=amx, wide=wide)
         for name, (dtype, quantize) in wanted.items()
     }
 
@@ -187,4 +193,5 @@ def _print(report: dict[str, Any], config: ModelConfig) -> None:
     console.print(
         f"[dim]fit: sequences whose cache fits besides the weights in {room}; --memory for another amount[/]\n"
     )
-    console.print(table(("weights on this machine", "one row (decode)"), list(report["decode_kernels"].items())))
+    kernels = [(name, how, report["prefill_kernels"][name]) for name, how in report["decode_kernels"].items()]
+    console.print(table(("weights on this machine", "one row (decode)", "many rows (prefill)"), kernels))

@@ -88,6 +88,7 @@ class Int4Linear(FastLinear):
         self.register_buffer("scales", scales)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self.blockwise = packed.shape[0] % 64 == 0 and layout_is_known()
+        self.wide = ops.wide_products()
         if not self.blockwise:
             _say_many_rows_are_slow("this CPU's layout is not known" if packed.shape[0] % 64 == 0 else "odd sizes")
 
@@ -96,7 +97,7 @@ class Int4Linear(FastLinear):
         rows = x.reshape(-1, self.in_features)
         if self.blockwise and rows.shape[0] >= MANY_ROWS:
             many = torch.ops.axon.int4_many if torch.compiler.is_compiling() else ops.int4_many
-            y = many(rows, self.packed, self.scales)
+            y = many(rows, self.packed, self.scales, self.wide)
         else:
             few = rows.to(torch.bfloat16).contiguous()
             y = torch.ops.aten._weight_int4pack_mm_for_cpu(few, self.packed, GROUP, self.scales)

@@ -10,6 +10,8 @@ Legend: R rows · K input channels · N output channels
 from __future__ import annotations
 
 import sys
+import time
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -17,9 +19,9 @@ from torch import Tensor
 
 _library = torch.library.Library("axon", "DEF")
 _library.define("gemv(Tensor x, Tensor weight) -> Tensor")
-_library.define("packed_linear(Tensor x, Tensor packed, Tensor? bias, int out_features) -> Tensor")
+_library.define("packed_linear(Tensor x, Tensor packed, Tensor? bias, int out_features, bool wide) -> Tensor")
 _library.define("int8_linear(Tensor q, Tensor packed, Tensor scale, Tensor zero, bool wide) -> Tensor")
-_library.define("int4_many(Tensor x, Tensor packed, Tensor scales) -> Tensor")
+_library.define("int4_many(Tensor x, Tensor packed, Tensor scales, bool wide) -> Tensor")
 _library.define("int8_few(Tensor x, Tensor q, Tensor scale) -> Tensor")
 _library.define("int4_few(Tensor x, Tensor halves, Tensor scale, Tensor middle) -> Tensor")
 
@@ -29,9 +31,21 @@ def gemv(x: Tensor, weight: Tensor) -> Tensor:
     return torch.mv(weight, x.reshape(-1)).view(*x.shape[:-1], weight.shape[0])
 
 
-def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
-    """Rows times a matrix in oneDNN's layout: ``x`` ``[…, K]`` → ``[…, N]``."""
-    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, wide: bool) -> Tensor:
+    """Rows times a matrix in oneDNN's layout: ``x`` ``[…, K]`` → ``[…, N]`` in x's dtype.
+
+    Args:
+        x: bfloat16 or float32.
+        packed: ``[N, K]``, opaque.
+        bias: ``[N]`` or ``None``.
+        out_features: N.
+        wide: convert the weights to float32 and multiply in that: see :func:`wide_products`.
+    """
+    if wide:
+        weight = packed.to_dense(torch.float32)  # type: ignore[call-overload]
+        y: Tensor = torch.nn.functional.linear(x.float(), weight, None if bias is None else bias.float())
+        return y.to(x.dtype)
+    y = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
     return y
 
 
@@ -52,7 +66,7 @@ def int8_linear(q: Tensor, packed: Tensor, scale: Tensor, zero: Tensor, wide: bo
     return y
 
 
-def int4_many(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
+def int4_many(x: Tensor, packed: Tensor, scales: Tensor, wide: bool) -> Tensor:
     """Many rows times int4 weights, converted once: ``x`` ``[R, K]`` → ``[R, N]`` bfloat16.
 
     A weight is ``(q − 8) · scale + middle``. The first term is made explicit for 64 output channels at a time and
@@ -62,21 +76,22 @@ def int4_many(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
         x: ``[R, K]``.
         packed: ``[N, K / 2]`` in the layout of the CPU's int4 kernel, 64 output channels together.
         scales: scales and middles, ``[K / 32, N, 2]``.
+        wide: convert to float32 instead and multiply in that: see :func:`wide_products`.
     """
-    rows, (channels, half) = x.shape[0], packed.shape
-    x = x.to(torch.bfloat16)
+    channels, half = packed.shape
+    dtype = torch.float32 if wide else torch.bfloat16
+    x, scales = x.to(dtype), scales.to(dtype)
     blocks = packed.view(channels // 64, 2 * half, 32)  # [N/64, K, 32] bytes: channels 0 … 31 low, 32 … 63 high
     factors = scales[..., 0].unflatten(1, (-1, 64)).transpose(0, 1).contiguous().unsqueeze(2)  # [N/64, G, 1, 64]
     y = x.unflatten(1, (-1, 32)).sum(dim=2) @ scales[..., 1]  # [R, N]
-    out = y.new_empty(channels // 64, rows, 64)
-    at_once = max(1, (1 << 20) // (128 * 2 * half))  # about a megabyte of bfloat16: stays in the second-level cache
+    at_once = max(1, (1 << 20) // (64 * dtype.itemsize * 2 * half))  # about a megabyte: stays in the second-level cache
     for first in range(0, channels // 64, at_once):
         signed = (blocks[first : first + at_once] ^ 0x88).view(torch.int8)  # two's complement of q − 8, twice
-        weight = torch.cat(((signed << 4) >> 4, signed >> 4), dim=2).to(torch.bfloat16)  # [n, K, 64]
+        weight = torch.cat(((signed << 4) >> 4, signed >> 4), dim=2).to(dtype)  # [n, K, 64]
         weight.unflatten(1, (-1, 32)).mul_(factors[first : first + at_once])
-        for index in range(weight.shape[0]):
-            torch.mm(x, weight[index], out=out[first + index])
-    return y.add_(out.transpose(0, 1).reshape(rows, channels))
+        for channel, block in zip(range(64 * first, channels, 64), weight, strict=False):
+            y[:, channel : channel + 64].addmm_(x, block)
+    return y.bfloat16()
 
 
 def int8_few(x: Tensor, q: Tensor, scale: Tensor) -> Tensor:
@@ -108,7 +123,7 @@ def works(kernel: str, dtype: torch.dtype = torch.bfloat16) -> bool:
     try:
         if kernel == "packed":
             packed = torch.ops.mkldnn._reorder_linear_weight(torch.ones(64, 64, dtype=dtype), 1)
-            packed_linear(x, packed, None, 64)
+            packed_linear(x, packed, None, 64, False)
         elif kernel == "int8":
             packed = torch.ops.onednn.qlinear_prepack(torch.ones(64, 64, dtype=torch.int8), None)
             rows, scale = torch.full((2, 64), 129, dtype=torch.uint8), torch.ones(64)
@@ -123,6 +138,28 @@ def works(kernel: str, dtype: torch.dtype = torch.bfloat16) -> bool:
         print(f"axon: {costs}", file=sys.stderr)  # noqa: T201
         return False
     return True
+
+
+@cache
+def wide_products() -> bool:
+    """Products of many rows are faster in float32 than in bfloat16 on this CPU, by enough to convert the weights first.
+
+    Intel's processors with AVX-512 multiply bfloat16 at little more than half the rate of float32 where their matrix
+    unit (AMX) is missing or hidden from a virtual machine; AMD's, and Intel's with AMX, at several times that rate. So
+    the two are far apart everywhere, and a few milliseconds, once per process, tell them apart.
+    """
+    wide = torch.ones(256, 512)
+    narrow = wide.bfloat16()
+
+    def quickest(work: Callable[[], Tensor]) -> float:
+        times = []
+        for _ in range(5):
+            began = time.perf_counter()
+            work()
+            times.append(time.perf_counter() - began)
+        return min(times)
+
+    return 1.25 * quickest(lambda: wide @ wide.T) < quickest(lambda: narrow @ narrow.T)
 
 
 @cache
@@ -153,7 +190,7 @@ def _gemv_shape(x: Tensor, weight: Tensor) -> Tensor:
 
 
 @torch.library.register_fake("axon::packed_linear", lib=_library)
-def _packed_linear_shape(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
+def _packed_linear_shape(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, wide: bool) -> Tensor:
     return x.new_empty(*x.shape[:-1], out_features)
 
 
@@ -163,7 +200,7 @@ def _int8_linear_shape(q: Tensor, packed: Tensor, scale: Tensor, zero: Tensor, w
 
 
 @torch.library.register_fake("axon::int4_many", lib=_library)
-def _int4_many_shape(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
+def _int4_many_shape(x: Tensor, packed: Tensor, scales: Tensor, wide: bool) -> Tensor:
     return x.new_empty(x.shape[0], packed.shape[0], dtype=torch.bfloat16)
 
 

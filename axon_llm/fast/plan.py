@@ -15,6 +15,8 @@ from typing import Literal
 from axon_llm.errors import UsageError
 
 QUANTIZE = ("int8", "int4", "fp8")
+# Rows from which converting bfloat16 weights to float32 pays, on CPUs that multiply float32 faster (ops.wide_products).
+WIDE_ROWS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +38,9 @@ class Plan:
     bits: float
 
 
-def choose(*, device: str, dtype: str, rows: int, quantize: str | None, amx: bool, fp8: bool = False) -> Plan:
+def choose(
+    *, device: str, dtype: str, rows: int, quantize: str | None, amx: bool, fp8: bool = False, wide: bool = False
+) -> Plan:
     """Decide how weights are stored and multiplied.
 
     Args:
@@ -46,6 +50,7 @@ def choose(*, device: str, dtype: str, rows: int, quantize: str | None, amx: boo
         quantize: ``"int8"``, ``"int4"``, ``"fp8"`` or ``None``.
         amx: the CPU has matrix tiles (Intel AMX).
         fp8: the device multiplies fp8 (Nvidia Hopper and later).
+        wide: the CPU multiplies float32 faster than bfloat16 (``ops.wide_products``).
 
     Raises:
         UsageError: a quantisation that does not exist, or not here.
@@ -71,12 +76,15 @@ def choose(*, device: str, dtype: str, rows: int, quantize: str | None, amx: boo
         how = "oneDNN u8·s8, one activation scale per row"
         return Plan("int8", True, how, how, 8)
     if quantize == "int4":
-        return Plan("int4", True, "groups of 32, converted inside the product", "converted by blocks, then oneDNN", 5)
+        many = f"converted to {'float32' if wide else 'bfloat16'} by blocks"
+        return Plan("int4", True, "groups of 32, converted inside the product", many, 5)
     if dtype == "float16":
         return Plan("reference", False, "F.linear", "F.linear", width)
     if dtype == "bfloat16" and rows == 1 and amx:
         return Plan("plain", False, "matrix · vector on the weights as stored", "oneDNN, packed on the fly", width)
-    return Plan("packed", True, "oneDNN, packed once", "oneDNN, packed once", width)
+    how = "oneDNN, packed once"
+    widened = wide and dtype == "bfloat16"
+    return Plan("packed", True, how, f"converted to float32 from {WIDE_ROWS} rows on" if widened else how, width)
 
 
 def attention_kernel(*, device: str, dtype: str, amx: bool, bf16_products: bool) -> Literal["fused", "products"]:

@@ -53,6 +53,7 @@ def accelerate(
             quantize=quantize,
             amx=weight.device.type == "cpu" and has_amx(),
             fp8=weight.device.type == "cuda" and torch.cuda.get_device_capability(weight.device) >= (9, 0),
+            wide=weight.device.type == "cpu" and ops.wide_products(),
         )
         if plan.kernel == "packed" and not ops.works("packed", weight.dtype):
             plan = replace(plan, kernel="plain", decode="F.linear", prefill="F.linear")

@@ -69,9 +69,13 @@ def test_the_int8_kernel_computes_the_product_of_the_rounded_numbers() -> None:
     torch.testing.assert_close(Int8Linear(q, scale)(x), exact, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("count", [1, 3, MANY_ROWS - 1, MANY_ROWS, 200])
 @pytest.mark.parametrize("n", [128, 96])
-def test_the_int4_kernels_compute_the_product_with_the_rounded_weights(n: int, count: int) -> None:
+def test_the_int4_kernels_compute_the_product_with_the_rounded_weights(
+    n: int, count: int, wide: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ops, "wide_products", lambda: wide)
     w, x = weights(n), torch.randn(count, 96, generator=torch.Generator().manual_seed(2)).bfloat16()
     values = quantise_int4(w)
     exact = x.float() @ dequantise_int4(*values).T
