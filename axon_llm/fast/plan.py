@@ -87,7 +87,9 @@ def choose(
     return Plan("packed", True, how, f"converted to float32 from {WIDE_ROWS} rows on" if widened else how, width)
 
 
-def attention_kernel(*, device: str, dtype: str, amx: bool, bf16_products: bool) -> Literal["fused", "products"]:
+def attention_kernel(
+    *, device: str, dtype: str, amx: bool, bf16_products: bool, wide: bool
+) -> Literal["fused", "products", "widened"]:
     """Decide how attention is computed over the cache.
 
     Args:
@@ -95,5 +97,10 @@ def attention_kernel(*, device: str, dtype: str, amx: bool, bf16_products: bool)
         dtype: of queries, keys and values.
         amx: the CPU has matrix tiles, which the fused kernel uses.
         bf16_products: the CPU multiplies pairs of bfloat16 numbers (AVX-512 BF16).
+        wide: it multiplies float32 faster all the same (``ops.wide_products``).
     """
-    return "products" if device == "cpu" and dtype == "bfloat16" and bf16_products and not amx else "fused"
+    if device != "cpu" or dtype != "bfloat16" or amx:
+        return "fused"
+    if wide:
+        return "widened"
+    return "products" if bf16_products else "fused"

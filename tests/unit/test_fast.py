@@ -9,7 +9,8 @@ from axon_llm.cache import KVCache
 from axon_llm.config import ModelConfig
 from axon_llm.errors import UsageError
 from axon_llm.fast import accelerate, describe, linear, ops
-from axon_llm.fast.attention import attend_by_products
+from axon_llm.fast import attention as fast_attention
+from axon_llm.fast.attention import attend_by_products, attend_widened
 from axon_llm.fast.linear import PackedLinear
 from axon_llm.fast.plan import WIDE_ROWS, Plan, attention_kernel, choose
 from axon_llm.layers.attention import attend
@@ -115,21 +116,29 @@ def test_the_plan_says_where_weights_are_converted() -> None:
 
 @pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize(("T", "S"), [(1, 9), (5, 40), (16, 16)])
-def test_attention_by_products_is_the_readable_attention(dtype: torch.dtype, close: float, T: int, S: int) -> None:
+def test_attention_by_other_ways_is_the_readable_attention(
+    dtype: torch.dtype, close: float, T: int, S: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(3, 6, T, 8, generator=generator).to(dtype)
     k, v = torch.randn(2, 3, 2, S, 8, generator=generator).to(dtype)
     last = torch.randint(0, S, (3, 1, T, 1), generator=generator)  # each slot sees another number of positions
     mask = torch.arange(S) <= last
     torch.testing.assert_close(attend_by_products(q, k, v, mask), attend(q, k, v, mask), rtol=close, atol=close)
+    monkeypatch.setattr(fast_attention, "WIDE_TOKENS", 5)
+    torch.testing.assert_close(attend_widened(q, k, v, mask), attend(q, k, v, mask), rtol=close, atol=close)
+    if T >= 5:
+        exact = attend(q.float(), k.float(), v.float(), mask)
+        assert torch.equal(attend_widened(q, k, v, mask), exact.to(dtype))  # rounded once, at the end
 
 
 def test_attention_goes_by_products_only_where_the_fused_kernel_has_no_matrix_unit() -> None:
     def chosen(**changes: object) -> str:
-        usual = {"device": "cpu", "dtype": "bfloat16", "amx": False, "bf16_products": True}
+        usual = {"device": "cpu", "dtype": "bfloat16", "amx": False, "bf16_products": True, "wide": False}
         return attention_kernel(**{**usual, **changes})
 
     assert chosen() == "products"
+    assert chosen(wide=True) == "widened"
     for change in ({"amx": True}, {"bf16_products": False}, {"dtype": "float32"}, {"device": "cuda"}):
         assert chosen(**change) == "fused"
 
