@@ -1,7 +1,8 @@
 """The page ``docs/benchmarks.md`` and its pictures, measured now: ``python -m cli.benchmarks`` (or ``make bench``).
 
 Each section is one run of ``axon bench``, whose command stands above its table, so that anyone can repeat it. Peers are
-measured in the same run where they are installed (``AXON_LLAMA_BENCH`` names llama.cpp's llama-bench).
+measured in the same run where they are installed: ``AXON_LLAMA_BENCH`` names llama.cpp's llama-bench, and
+``AXON_GPT_FAST`` a folder that holds gpt-fast.
 """
 
 from __future__ import annotations
@@ -63,6 +64,7 @@ def main() -> int:
                 "512",
                 "-b",
                 "1",
+                "--compile",
                 *repeat,
                 *_against(peer),
             ]
@@ -75,6 +77,11 @@ def main() -> int:
         for precision, (flags, peer) in list(PRECISIONS.items())[:2]:
             words = ["-m", model, *flags, "-p", "0", "-n", str(tokens // 2), "-d", "128", "-b", "8", *repeat]
             _measured(f"{title}, {precision}, 8 sequences", [*words, *_against(peer)], sections)
+        if title == next(iter(SHAPES)):
+            peers = ["transformers", *(f"gpt-fast:{folder}" for folder in [os.environ.get("AXON_GPT_FAST")] if folder)]
+            words = ["-m", model, "--dtype", "bfloat16", "-p", "512", "-n", "16", "-d", "512", "-b", "1", "--compile"]
+            words += [*repeat, *(word for peer in peers for word in ("--against", peer))]
+            _measured(f"{title}, bfloat16, programs in PyTorch", words, sections)
         words = ["-m", model, "--dtype", "bfloat16", "-p", "0", "-n", "16", "-b", "1", *repeat]
         words += [word for depth in (128, 512, 2048, 4096, 8000) for word in ("-d", str(depth))]
         depths = _measured(f"{title}, bfloat16, by tokens in the cache", words, sections)
@@ -97,8 +104,8 @@ def main() -> int:
         f"{head['python']}, commit {head['commit']}. Random weights (never zero), medians of {options.repetitions} "
         "interleaved repetitions after one warm-up. `pp512` prefills 512 tokens; `tg48 @ d512` decodes 48 tokens with "
         '512 in the cache. "Of the limit" holds decode against reading weights and cache once at the read bandwidth '
-        "measured in the same run, and prefill against the rate of a large matrix product. On a shared machine only "
-        "ratios of one run mean anything.",
+        "measured in the same run, and prefill against the rate of a large matrix product of the same kind. On a "
+        "shared machine only ratios of one run mean anything.",
         "",
         *sections,
     ]
@@ -124,7 +131,8 @@ def _measured(title: str, words: list[str], sections: list[str]) -> dict[str, An
         cwd=DOCS.parent,
     )
     report: dict[str, Any] = json.loads(done.stdout)
-    sections += [f"## {title}", "", f"`axon bench {shlex.join(words)}`", "", render(report, "md"), ""]
+    shown = shlex.join("gpt-fast:FOLDER" if word.startswith("gpt-fast:") else word for word in words)
+    sections += [f"## {title}", "", f"`axon bench {shown}`", "", render(report, "md"), ""]
     return report
 
 

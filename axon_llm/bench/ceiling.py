@@ -12,6 +12,9 @@ from statistics import median
 
 import torch
 
+from axon_llm.fast import ops
+from axon_llm.fast.int8 import Int8Linear
+
 _READ_BYTES = {"cpu": 1 << 30, "cuda": 4 << 30}
 _MATRIX = {"cpu": 2048, "cuda": 8192}
 _AT_ONCE = 10  # on a GPU: the time of a launch would count in one alone
@@ -22,29 +25,44 @@ class Ceilings:
 
     Memory is read on a CPU. On a GPU it is copied, as its makers measure it, and each byte counts twice.
 
+    The matrix product is of the kind that a prefill is made of: of int8 where it multiplies int8, of float32 where that
+    is faster than bfloat16 and so takes its place.
+
     Args:
         device: what to probe.
-        dtype: of the matrix product.
+        dtype: of the activations.
+        int8: weights and activations are multiplied as int8 (CPU only).
 
     Attributes:
         bandwidth: ``"read bandwidth"`` or ``"copy bandwidth"``.
     """
 
-    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, device: torch.device, dtype: torch.dtype, int8: bool = False) -> None:
         self._device = device
         copies = device.type == "cuda"
         self.bandwidth = "copy bandwidth" if copies else "read bandwidth"
         self._data = torch.ones(_READ_BYTES[device.type] // 4, device=device)
         self._copy = torch.empty_like(self._data) if copies else None
-        size = _MATRIX[device.type]
-        self._one, self._other = torch.randn(2, size, size, device=device).to(dtype)
+        self._size = _MATRIX[device.type]
+        self._multiply = self._product(device, dtype, int8)
         self._read: list[float] = []
         self._matmul: list[float] = []
 
     def probe(self) -> None:
         """Measure each once."""
         self._read.append(self._quickest(self._touch))
-        self._matmul.append(self._quickest(lambda: self._one @ self._other))
+        self._matmul.append(self._quickest(self._multiply))
+
+    def _product(self, device: torch.device, dtype: torch.dtype, int8: bool) -> Callable[[], object]:
+        size = self._size
+        if int8:
+            weight = Int8Linear(torch.randint(-127, 128, (size, size), dtype=torch.int8), torch.ones(size))
+            q = torch.randint(0, 256, (size, size), dtype=torch.uint8)
+            return lambda: ops.int8_linear(q, weight.packed, weight.scale, weight.zero, wide=False)
+        if device.type == "cpu" and dtype == torch.bfloat16 and ops.wide_products():
+            dtype = torch.float32
+        one, other = torch.randn(2, size, size, device=device).to(dtype)
+        return lambda: one @ other
 
     def _touch(self) -> None:
         if self._copy is None:
@@ -71,8 +89,8 @@ class Ceilings:
 
     @property
     def flops_per_s(self) -> float:
-        """Floating-point operations per second of a large matrix product."""
-        return 2 * self._one.shape[0] ** 3 / median(self._matmul)
+        """Operations per second of a large matrix product."""
+        return 2 * self._size**3 / median(self._matmul)
 
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:

@@ -18,6 +18,7 @@ import torch
 from axon_llm.bench.ceiling import Ceilings, seconds
 from axon_llm.config import ModelConfig
 from axon_llm.engine.runner import Runner
+from axon_llm.fast.int8 import Int8Linear
 from axon_llm.model import Transformer
 
 
@@ -123,7 +124,8 @@ def measure(
     )
     runner.cache.k.normal_()
     runner.cache.v.normal_()
-    ceilings = Ceilings(runner.device, model.embed_tokens.weight.dtype)
+    int8 = any(isinstance(module, Int8Linear) for module in model.modules())
+    ceilings = Ceilings(runner.device, model.embed_tokens.weight.dtype, int8)
     rows = [
         Row(
             case,
