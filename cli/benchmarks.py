@@ -79,7 +79,7 @@ def main() -> int:
             _measured(f"{title}, {precision}, 8 sequences", [*words, *_against(peer)], sections)
         if title == next(iter(SHAPES)):
             peers = ["transformers", *(f"gpt-fast:{folder}" for folder in [os.environ.get("AXON_GPT_FAST")] if folder)]
-            words = ["-m", model, "--dtype", "bfloat16", "-p", "512", "-n", "16", "-d", "512", "-b", "1", "--compile"]
+            words = ["-m", model, "--dtype", "bfloat16", "-p", "0", "-n", "16", "-d", "512", "-b", "1", "--compile"]
             words += [*repeat, *(word for peer in peers for word in ("--against", peer))]
             _measured(f"{title}, bfloat16, programs in PyTorch", words, sections)
         words = ["-m", model, "--dtype", "bfloat16", "-p", "0", "-n", "16", "-b", "1", *repeat]
