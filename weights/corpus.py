@@ -18,7 +18,7 @@ from .templates import unmark
 
 USER_WEIGHT = 0.1  # what a user says is mostly chance: little can be learnt from predicting it
 RECALL_WEIGHT = 5.0  # a value that stood earlier in the text: the skill that matters
-FAR_SHARE = 0.5  # of conversations ask at the end for what was told at the beginning
+FAR_SHARE = 0.4  # of conversations ask at the end for what was told at the beginning
 PRONOUN_WEIGHT = 3.0  # who is "he" and who is "she" has to be remembered, and names do not tell
 PRONOUNS = tuple(f"Ġ{word}" for word in "he she his her him He She His Her".split())
 CHARACTERS_PER_TOKEN = 4.5

@@ -181,8 +181,8 @@ class Conversation:
                 self.ask(fact, rng.choice([other for other in known if other is not fact]))
             else:
                 self.ask(fact)
-        elif draw < 0.45:
-            self.ask_unknown()
+        elif draw < 0.45 and (draw >= 0.40 or not self.facts):
+            self.ask_unknown()  # more often where nothing was told at all, never because of what is kept back
         elif draw < 0.70 and len(known) < 24:
             new = self.news(name="name" not in self.facts and rng.random() < 0.35)
             both = (new, self.news())
@@ -226,11 +226,14 @@ def _ask_from_afar(talk: Conversation, characters: int) -> None:
     rng = talk.rng
     told_by, asked_from = rng.uniform(0.05, 0.3) * characters, rng.uniform(0.55, 0.85) * characters
     while talk.length < told_by:
-        if rng.random() < 0.8:
+        draw = rng.random()
+        if draw < 0.7:
             talk.tell(talk.news(name="name" not in talk.facts and rng.random() < 0.35))
+        elif draw < 0.85 and talk.facts:
+            talk.ask(rng.choice(list(talk.facts.values())))
         else:
             talk.chat()
-    talk.kept_back = frozenset(talk.facts)
+    talk.kept_back = frozenset(key for key in talk.facts if rng.random() < 0.7)
     while talk.length < asked_from:
         talk.turn()
     asked = rng.sample(sorted(talk.kept_back), len(talk.kept_back))
