@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from . import words
 from .names import held_out, person, town
@@ -281,14 +281,27 @@ KINDS: dict[Kind, int] = {
 }  # fmt: skip
 
 
+# Values from short lists, and how often one is replaced by another of any of the lists, or by an invented word.
+LISTED = dict.fromkeys((
+    *words.COLOURS, *words.FOODS, *words.FRUITS, *words.SPORTS, *words.INSTRUMENTS, *words.JOBS, *words.FLOWERS,
+    *words.ANIMALS, *(value for values in FAVOURITES.values() for value in values),
+))  # fmt: skip
+ODD_SHARE = 0.3
+
+
 def draw_fact(rng: random.Random, unseen: bool = False, name: bool = False) -> Fact:
     """Draw one fact of any kind, or the user's name.
 
     Besides names, one *combination* of key and value in ten is held out of training, for example a certain colour as
     that of the sofa. With ``unseen``, names and combination are both such that training text never contains them.
+
+    In training, values that come from a short list are sometimes odd ones ("My favourite fruit is the violin"): else
+    the list would be learnt by heart, without what is held out of it, instead of looking up what was said.
     """
     while True:
         kind = _name if name else rng.choices(tuple(KINDS), tuple(KINDS.values()))[0]
         fact = kind(rng, unseen)
+        if not unseen and fact.value in LISTED and rng.random() < ODD_SHARE:
+            fact = replace(fact, value=rng.choice((rng.choice(tuple(LISTED)), person(rng).lower())))
         if held_out(f"{fact.key}: {fact.value}") == unseen:
             return fact

@@ -14,6 +14,8 @@ from axon_llm.layers import attention
 from weights import train as recipe
 from weights.corpus import RECALL_WEIGHT, USER_WEIGHT, batch, dialogue_text, encode
 from weights.dialogues import conversation, render
+from weights.export import export
+from weights.mean import mean
 from weights.templates import unmark
 from weights.tokenizer_training import train_tokenizer
 
@@ -157,3 +159,23 @@ def test_one_command_goes_from_nothing_to_a_checkpoint(tmp_path, monkeypatch):
     steps = [json.loads(line)["step"] for line in (tmp_path / "model.run" / "log.jsonl").read_text().splitlines()]
     assert steps == list(range(1, len(steps) + 1))
     assert len(steps) == 8
+
+
+def test_the_mean_of_two_checkpoints_is_theirs_and_has_a_tokenizer(folder, tmp_path):
+    names = ("one", "other", "out")
+    one, other, out = (tmp_path / name for name in names)
+    models = [recipe.fresh_model(TOY, seed) for seed in (1, 2)]
+    for path, model in zip((one, other), models, strict=True):
+        export(path, TOY, model.state_dict())
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            (path / name).write_bytes((folder / name).read_bytes())
+    mean(one, other, out)
+    made, text_side = load(out, dtype="float32", device="cpu")
+    assert text_side.vocab_size == VOCAB
+    for name, weight in made.named_parameters():
+        a, b = (model.get_parameter(name).bfloat16().float() for model in models)
+        assert torch.equal(weight, ((a + b) / 2).bfloat16().float())
+    small = dataclasses.replace(TOY, num_layers=1, layer_windows=())
+    export(other, small, recipe.fresh_model(small, 1).state_dict())
+    with pytest.raises(ValueError, match="different shapes"):
+        mean(one, other, out)
