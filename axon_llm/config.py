@@ -419,7 +419,7 @@ def _read_packed(keys: _Keys) -> str:
     marker = keys.take("axon_packed", dict, None)
     if marker is None:
         return ""
-    if marker.get("version") != 1 or marker.get("weights") not in ("int8", "int4"):
+    if marker.get("version") != 2 or marker.get("weights") not in ("int8", "int4"):
         raise ConfigError(f"axon_packed = {marker!r} is not a known format", "Run axon quantize again.")
     return str(marker["weights"])
 

@@ -122,21 +122,14 @@ def chosen_plans() -> dict[str, Plan]:
     """What multiplies by the weights on this machine, by precision, as ``axon_llm.fast`` decides it."""
     import torch
 
-    from axon_llm.fast.ops import wide_products
-    from axon_llm.fast.plan import choose
-    from axon_llm.fast.replace import has_amx
+    from axon_llm.fast.replace import plan_for
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    amx, wide = device == "cpu" and has_amx(), device == "cpu" and wide_products()
-    wanted = {
-        "float32": ("float32", None),
-        "bfloat16": ("bfloat16", None),
-        "int8": ("bfloat16", "int8"),
-        "int4": ("bfloat16", "int4"),
-    }
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return {
-        name: choose(device=device, dtype=dtype, rows=1, quantize=quantize, amx=amx, wide=wide)
-        for name, (dtype, quantize) in wanted.items()
+        "float32": plan_for(device, torch.float32, None),
+        "bfloat16": plan_for(device, torch.bfloat16, None),
+        "int8": plan_for(device, torch.bfloat16, "int8"),
+        "int4": plan_for(device, torch.bfloat16, "int4"),
     }
 
 

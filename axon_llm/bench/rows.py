@@ -19,6 +19,7 @@ from axon_llm.bench.ceiling import Ceilings, seconds
 from axon_llm.config import ModelConfig
 from axon_llm.engine.runner import Runner
 from axon_llm.fast.int8 import Int8Linear
+from axon_llm.fast.strips import Int4Strips, Int8Strips
 from axon_llm.model import Transformer
 
 
@@ -124,7 +125,7 @@ def measure(
     )
     runner.cache.k.normal_()
     runner.cache.v.normal_()
-    int8 = any(isinstance(module, Int8Linear) for module in model.modules())
+    int8 = any(isinstance(module, Int8Linear | Int8Strips | Int4Strips) for module in model.modules())
     ceilings = Ceilings(runner.device, model.embed_tokens.weight.dtype, int8)
     rows = [
         Row(

@@ -1,56 +1,72 @@
-"""Attention for processors on which the library's fused kernel in bfloat16 is not the fastest: docs/performance.md.
+"""Attention and rotary positions by our own kernels, where there are any for this CPU: see ``kernels/attention.cpp``.
 
-**Two matrix products with a softmax between them.** PyTorch's fused CPU kernel works in blocks that it converts to
-float32, unless there is a matrix unit to multiply them with. Where bfloat16 products are fast without one, those
-of the library are about twice as fast, from one token to a whole chunk. Scores are kept in float32, as the fused kernel
-keeps them.
+PyTorch's fused CPU kernel works in blocks that it converts to float32, unless there is a matrix unit to multiply them
+with. Ours multiplies bfloat16 as it is, reads keys and values once for all query heads that share them, and skips what
+the mask hides: the unused tail of the cache, and the future of a prompt.
 
-**The fused kernel in float32**, for a chunk of a prompt, where float32 products are faster than bfloat16's. One token
-reads keys and values once, and would wait for them to be converted; it goes through the fused kernel as it is.
+Legend: B slots · T new tokens · H heads · D head_dim
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from axon_llm.fast import ops
+from axon_llm.fast import native, ops
 from axon_llm.fast.plan import attention_kernel
 from axon_llm.layers.attention import attend
+from axon_llm.layers.rope import rotate
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-WIDE_TOKENS = 64  # new tokens from which converting keys and values pays
+Rotate = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def attend_by_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """As :func:`axon_llm.layers.attention.attend`, up to the order of summation."""
-    B, Hq, T, D = q.shape
-    Hkv, G = k.shape[1], Hq // k.shape[1]
-    folded = q.reshape(B, Hkv, G * T, D)  # heads h·G … h·G+G-1 share KV head h
-    scores = torch.matmul(folded, k.transpose(2, 3)).float() / math.sqrt(D)  # [B, Hkv, G·T, S]
-    scores = scores.masked_fill(~mask.repeat(1, 1, G, 1), -math.inf)
-    return torch.matmul(scores.softmax(dim=-1).to(v.dtype), v).reshape(B, Hq, T, D)
+class AttentionKernels(NamedTuple):
+    """How a fused attention layer computes; by default as the readable one does.
+
+    Attributes:
+        attend: as :func:`axon_llm.layers.attention.attend`.
+        rotate: as :func:`axon_llm.layers.rope.rotate`.
+    """
+
+    attend: Attend = attend
+    rotate: Rotate = rotate
 
 
-def attend_widened(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """As :func:`axon_llm.layers.attention.attend`, in float32 for many new tokens; ``[B, Hq, T, D]`` in q's dtype."""
-    if q.shape[2] < WIDE_TOKENS:
-        return attend(q, k, v, mask)
-    return attend(q.float(), k.float(), v.float(), mask).to(q.dtype)
+def attend_in_strips(wide: bool) -> Attend:
+    """As :func:`axon_llm.layers.attention.attend`, up to the order of summation, where the cache is bfloat16 too.
+
+    Args:
+        wide: multiply in float32, where that is faster (``ops.wide_products``).
+    """
+
+    def attend_(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        if k.dtype != torch.bfloat16:
+            return attend(q, k, v, mask)
+        y: Tensor = torch.ops.axon.bf16_attention(q, k, v, mask, wide)
+        return y
+
+    return attend_
 
 
-def fastest_attend(weight: Tensor) -> Attend:
+def rotate_at_once(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """As :func:`axon_llm.layers.rope.rotate`, for ``x`` ``[B, H, T, D]`` bfloat16."""
+    y: Tensor = torch.ops.axon.bf16_rotate(x.transpose(1, 2), cos, sin).transpose(1, 2)
+    return y
+
+
+def fastest_attention(weight: Tensor) -> AttentionKernels:
     """The fastest for activations of this weight's type, on its device."""
-    probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
     amx = getattr(torch.cpu, "_is_amx_tile_supported", None)
     kernel = attention_kernel(
         device=weight.device.type,
         dtype=str(weight.dtype).removeprefix("torch."),
         amx=bool(amx and amx()),
-        bf16_products=bool(probe and probe()),
-        wide=weight.device.type == "cpu" and ops.wide_products(),
+        strips=weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and native.load(),
     )
-    return {"products": attend_by_products, "widened": attend_widened, "fused": attend}[kernel]
+    if kernel == "strips":
+        return AttentionKernels(attend_in_strips(ops.wide_products()), rotate_at_once)
+    return AttentionKernels()

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from axon_llm.cache import KVCache
-from axon_llm.fast.attention import Attend
-from axon_llm.layers.attention import Attention, attend
-from axon_llm.layers.rope import rotate
+from axon_llm.fast.attention import AttentionKernels
+from axon_llm.layers.attention import Attention
 
 
 class FusedAttention(nn.Module):
@@ -25,17 +24,19 @@ class FusedAttention(nn.Module):
         attention: whose norms and dimensions are taken over.
         qkv_proj: maps hidden to ``(Hq + 2 · Hkv) · D`` channels.
         o_proj: maps ``Hq · D`` channels back.
-        attend: how queries look at keys and values.
+        kernels: what turns queries and keys, and has queries look at keys and values.
     """
 
-    def __init__(self, attention: Attention, qkv_proj: nn.Module, o_proj: nn.Module, attend: Attend = attend) -> None:
+    def __init__(
+        self, attention: Attention, qkv_proj: nn.Module, o_proj: nn.Module, kernels: AttentionKernels | None = None
+    ) -> None:
         super().__init__()
         self.layer = attention.layer
         self.num_heads, self.num_kv_heads = attention.num_heads, attention.num_kv_heads
         self.head_dim = attention.head_dim
         self.qkv_proj, self.o_proj = qkv_proj, o_proj
         self.q_norm, self.k_norm = attention.q_norm, attention.k_norm
-        self.attend = attend
+        self.attend, self.rotate = kernels or AttentionKernels()
         self.plain = isinstance(self.q_norm, nn.Identity)
 
     def forward(
@@ -48,7 +49,7 @@ class FusedAttention(nn.Module):
         turning, v = heads[:, : Hq + Hkv], heads[:, Hq + Hkv :]
         if not self.plain:
             turning = torch.cat((self.q_norm(turning[:, :Hq]), self.k_norm(turning[:, Hq:])), dim=1)
-        turned = rotate(turning, *rope)
+        turned = self.rotate(turning, *rope)
         q, k = turned[:, :Hq], turned[:, Hq:]
         if cache is not None:
             k, v = cache.update(self.layer, positions, k, v)  # [B, Hkv, S, D]

@@ -6,21 +6,16 @@ fastest. Both compute what ``nn.Linear`` computes, up to the order of summation.
 
 Legend: R rows · K input channels · N output channels
 
-Read next: ``int8.py``, ``int4.py`` (quantised weights), ``replace.py``.
+Read next: ``strips.py`` (weights for our own kernels), ``replace.py``.
 """
 
 from __future__ import annotations
-
-import sys
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from axon_llm.fast import ops
-from axon_llm.fast.plan import WIDE_ROWS
-
-LARGEST_WIDE = 1 << 28  # bytes of a float32 copy that may exist for a moment: not an output layer's gigabyte
 
 
 class FastLinear(nn.Module):
@@ -92,16 +87,13 @@ class PackedLinear(FastLinear):
     def __init__(self, weight: Tensor, bias: Tensor | None = None, rows: int = 1) -> None:
         super().__init__(weight.shape[1], weight.shape[0])
         self.dtype = weight.dtype
-        fits = 4 * weight.numel() <= LARGEST_WIDE
-        self.wide_from = WIDE_ROWS if weight.dtype == torch.bfloat16 and fits and ops.wide_products() else sys.maxsize
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), rows)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` ``[…, K]`` → ``[…, N]``."""
         linear = torch.ops.axon.packed_linear if torch.compiler.is_compiling() else ops.packed_linear
-        wide = x.numel() >= self.wide_from * self.in_features
-        y: Tensor = linear(x, self.packed, self.bias, self.out_features, wide)
+        y: Tensor = linear(x, self.packed, self.bias, self.out_features)
         return y
 
     @property

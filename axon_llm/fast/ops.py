@@ -2,7 +2,9 @@
 
 A compiler sees through ``torch.mv`` and rewrites it into a loop that is slower than the library's kernel, and it does
 not know what to do with weights in oneDNN's own layout. Behind an operator of our own both are a single call with known
-output, and so are our own kernels for a GPU. Registering an operator is this module's only side effect.
+output, and so are our own kernels: ``weight_only.py`` for a GPU, ``kernels/`` for a CPU. Those on the CPU are declared
+here (``bf16_…``, ``int8_strips``, ``int4_strips``) and there is nothing behind the names until ``native.py`` has loaded
+them. Registering an operator is this module's only side effect.
 
 Legend: R rows · K input channels · N output channels
 """
@@ -19,9 +21,13 @@ from torch import Tensor
 
 _library = torch.library.Library("axon", "DEF")
 _library.define("gemv(Tensor x, Tensor weight) -> Tensor")
-_library.define("packed_linear(Tensor x, Tensor packed, Tensor? bias, int out_features, bool wide) -> Tensor")
+_library.define("packed_linear(Tensor x, Tensor packed, Tensor? bias, int out_features) -> Tensor")
 _library.define("int8_linear(Tensor q, Tensor packed, Tensor scale, Tensor zero, bool wide) -> Tensor")
-_library.define("int4_many(Tensor x, Tensor packed, Tensor scales, bool wide) -> Tensor")
+_library.define("bf16_strips(Tensor x, Tensor strips, int out_features, bool wide) -> Tensor")
+_library.define("int8_strips(Tensor x, Tensor strips, Tensor scale, int out_features) -> Tensor")
+_library.define("int4_strips(Tensor x, Tensor strips, int out_features) -> Tensor")
+_library.define("bf16_attention(Tensor q, Tensor k, Tensor v, Tensor mask, bool wide) -> Tensor")
+_library.define("bf16_rotate(Tensor x, Tensor cos, Tensor sin) -> Tensor")
 _library.define("int8_few(Tensor x, Tensor q, Tensor scale) -> Tensor")
 _library.define("int4_few(Tensor x, Tensor halves, Tensor scale, Tensor middle) -> Tensor")
 
@@ -31,7 +37,7 @@ def gemv(x: Tensor, weight: Tensor) -> Tensor:
     return torch.mv(weight, x.reshape(-1)).view(*x.shape[:-1], weight.shape[0])
 
 
-def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, wide: bool) -> Tensor:
+def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
     """Rows times a matrix in oneDNN's layout: ``x`` ``[…, K]`` → ``[…, N]`` in x's dtype.
 
     Args:
@@ -39,13 +45,8 @@ def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: 
         packed: ``[N, K]``, opaque.
         bias: ``[N]`` or ``None``.
         out_features: N.
-        wide: convert the weights to float32 and multiply in that: see :func:`wide_products`.
     """
-    if wide:
-        weight = packed.to_dense(torch.float32)  # type: ignore[call-overload]
-        y: Tensor = torch.nn.functional.linear(x.float(), weight, None if bias is None else bias.float())
-        return y.to(x.dtype)
-    y = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
     return y
 
 
@@ -64,34 +65,6 @@ def int8_linear(q: Tensor, packed: Tensor, scale: Tensor, zero: Tensor, wide: bo
         q, 1.0, 128, packed, scale, zero, None, 1.0, 0, dtype, "none", [], ""
     )
     return y
-
-
-def int4_many(x: Tensor, packed: Tensor, scales: Tensor, wide: bool) -> Tensor:
-    """Many rows times int4 weights, converted once: ``x`` ``[R, K]`` → ``[R, N]`` bfloat16.
-
-    A weight is ``(q − 8) · scale + middle``. The first term is made explicit for 64 output channels at a time and
-    multiplied; the second is the same for 32 input channels together, so it is a product 32 times smaller.
-
-    Args:
-        x: ``[R, K]``.
-        packed: ``[N, K / 2]`` in the layout of the CPU's int4 kernel, 64 output channels together.
-        scales: scales and middles, ``[K / 32, N, 2]``.
-        wide: convert to float32 instead and multiply in that: see :func:`wide_products`.
-    """
-    channels, half = packed.shape
-    dtype = torch.float32 if wide else torch.bfloat16
-    x, scales = x.to(dtype), scales.to(dtype)
-    blocks = packed.view(channels // 64, 2 * half, 32)  # [N/64, K, 32] bytes: channels 0 … 31 low, 32 … 63 high
-    factors = scales[..., 0].unflatten(1, (-1, 64)).transpose(0, 1).contiguous().unsqueeze(2)  # [N/64, G, 1, 64]
-    y = x.unflatten(1, (-1, 32)).sum(dim=2) @ scales[..., 1]  # [R, N]
-    at_once = max(1, (1 << 20) // (64 * dtype.itemsize * 2 * half))  # about a megabyte: stays in the second-level cache
-    for first in range(0, channels // 64, at_once):
-        signed = (blocks[first : first + at_once] ^ 0x88).view(torch.int8)  # two's complement of q − 8, twice
-        weight = torch.cat(((signed << 4) >> 4, signed >> 4), dim=2).to(dtype)  # [n, K, 64]
-        weight.unflatten(1, (-1, 32)).mul_(factors[first : first + at_once])
-        for channel, block in zip(range(64 * first, channels, 64), weight, strict=False):
-            y[:, channel : channel + 64].addmm_(x, block)
-    return y.bfloat16()
 
 
 def int8_few(x: Tensor, q: Tensor, scale: Tensor) -> Tensor:
@@ -123,7 +96,7 @@ def works(kernel: str, dtype: torch.dtype = torch.bfloat16) -> bool:
     try:
         if kernel == "packed":
             packed = torch.ops.mkldnn._reorder_linear_weight(torch.ones(64, 64, dtype=dtype), 1)
-            packed_linear(x, packed, None, 64, False)
+            packed_linear(x, packed, None, 64)
         elif kernel == "int8":
             packed = torch.ops.onednn.qlinear_prepack(torch.ones(64, 64, dtype=torch.int8), None)
             rows, scale = torch.full((2, 64), 129, dtype=torch.uint8), torch.ones(64)
@@ -142,7 +115,7 @@ def works(kernel: str, dtype: torch.dtype = torch.bfloat16) -> bool:
 
 @cache
 def wide_products() -> bool:
-    """Products of many rows are faster in float32 than in bfloat16 on this CPU, by enough to convert the weights first.
+    """Products of many rows are faster in float32 than in bfloat16 on this CPU, by enough to convert the weights.
 
     Intel's processors with AVX-512 multiply bfloat16 at little more than half the rate of float32 where their matrix
     unit (AMX) is missing or hidden from a virtual machine; AMD's, and Intel's with AMX, at several times that rate. So
@@ -181,7 +154,6 @@ _library.impl("packed_linear", packed_linear, "CPU")
 _library.impl("packed_linear", packed_linear, "MkldnnCPU")
 _library.impl("int8_linear", int8_linear, "CPU")
 _library.impl("int8_linear", int8_linear, "MkldnnCPU")
-_library.impl("int4_many", int4_many, "CPU")
 
 
 @torch.library.register_fake("axon::gemv", lib=_library)
@@ -190,7 +162,7 @@ def _gemv_shape(x: Tensor, weight: Tensor) -> Tensor:
 
 
 @torch.library.register_fake("axon::packed_linear", lib=_library)
-def _packed_linear_shape(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, wide: bool) -> Tensor:
+def _packed_linear_shape(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
     return x.new_empty(*x.shape[:-1], out_features)
 
 
@@ -199,9 +171,29 @@ def _int8_linear_shape(q: Tensor, packed: Tensor, scale: Tensor, zero: Tensor, w
     return scale.new_empty(*q.shape[:-1], scale.shape[0], dtype=torch.float32 if wide else torch.bfloat16)
 
 
-@torch.library.register_fake("axon::int4_many", lib=_library)
-def _int4_many_shape(x: Tensor, packed: Tensor, scales: Tensor, wide: bool) -> Tensor:
-    return x.new_empty(x.shape[0], packed.shape[0], dtype=torch.bfloat16)
+@torch.library.register_fake("axon::bf16_strips", lib=_library)
+def _bf16_strips_shape(x: Tensor, strips: Tensor, out_features: int, wide: bool) -> Tensor:
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
+@torch.library.register_fake("axon::int8_strips", lib=_library)
+def _int8_strips_shape(x: Tensor, strips: Tensor, scale: Tensor, out_features: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
+@torch.library.register_fake("axon::int4_strips", lib=_library)
+def _int4_strips_shape(x: Tensor, strips: Tensor, out_features: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
+@torch.library.register_fake("axon::bf16_attention", lib=_library)
+def _bf16_attention_shape(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, wide: bool) -> Tensor:
+    return q.new_empty(q.shape)
+
+
+@torch.library.register_fake("axon::bf16_rotate", lib=_library)
+def _bf16_rotate_shape(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
 
 
 @torch.library.register_fake("axon::int8_few", lib=_library)

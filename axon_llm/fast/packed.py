@@ -3,9 +3,10 @@
 A packed checkpoint is a model folder like any other: ``config.json`` (with a marker, ``axon_packed``), safetensors,
 tokenizer files. Its linears are stored fused, under the names of the fast model:
 
-* int8: ``NAME.q`` int8 ``[N, K]`` and ``NAME.scale`` float32 ``[N]``;
-* int4: ``NAME.packed`` uint8 ``[N, K / 2]`` and ``NAME.scales`` bfloat16 ``[K / 32, N, 2]``, both as the CPU's int4
-  kernel reads them (``int4.py``). A machine whose kernel wants another layout converts when it loads.
+* int8: ``NAME.strips`` int32 ``[⌈N / 16⌉, W, 16]`` and ``NAME.scale`` float32 ``[N]``;
+* int4: ``NAME.strips``, which hold the scales too;
+
+in the layout that the CPU kernels read (``strips.py``). A device that wants another converts when it loads.
 
 Embedding, norms and biases are stored as they were. ``NAME.bias`` where there is one.
 """
@@ -14,7 +15,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import torch
@@ -24,14 +24,14 @@ from torch import Tensor, nn
 from axon_llm.checkpoint import load_model, opened, resolve_dtype, tensor_files, without_memory
 from axon_llm.config import ModelConfig
 from axon_llm.errors import CheckpointError, UsageError
-from axon_llm.fast.int4 import Int4Linear, layout_is_known, pack, unpack
-from axon_llm.fast.linear import FastLinear
-from axon_llm.fast.replace import build, fuse, quantised, stack
+from axon_llm.fast.quantise import GROUP
+from axon_llm.fast.replace import build, fuse, plan_for, quantised, stack
+from axon_llm.fast.strips import BLOCK, LANES, Int4Strips, Int8Strips, lay_int4, lay_int8, read_int4, read_int8
 from axon_llm.model import Transformer
 
-VERSION = 1
+VERSION = 2
 _CARRIED = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json")
-_PARTS = {"int8": ("q", "scale"), "int4": ("packed", "scales")}
+_KINDS = ("int8", "int4")
 
 
 def write_packed(source: Path, target: Path, quantize: str) -> int:
@@ -49,25 +49,22 @@ def write_packed(source: Path, target: Path, quantize: str) -> int:
         ModelError: the source cannot be read, or is packed already.
         UsageError: the target holds something, the sizes cannot be grouped, or the quantisation is not known.
     """
-    if quantize not in _PARTS:
-        raise UsageError(f"a checkpoint cannot be packed as {quantize!r}", f"Known: {', '.join(_PARTS)}.")
+    if quantize not in _KINDS:
+        raise UsageError(f"a checkpoint cannot be packed as {quantize!r}", f"Known: {', '.join(_KINDS)}.")
     config = ModelConfig.from_file(source / "config.json")
     if config.packed:
         raise CheckpointError(f"{source} is packed already ({config.packed})", "Start from the original checkpoint.")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UsageError(f"{target} exists and is not an empty folder", "Name a new folder.")
-    if quantize == "int4" and not layout_is_known():
-        raise UsageError("this CPU's int4 kernel has another layout than the one packed checkpoints use")
     model = load_model(source, config, torch.device("cpu"))
     tensors: dict[str, Tensor] = {}
 
     def keep(name: str, linears: list[nn.Linear]) -> nn.Module:
         values = quantised(quantize, linears)
-        if quantize == "int4":
-            if values[0].shape[0] % 64:
-                raise UsageError(f"{name} has {values[0].shape[0]} output channels; packed int4 needs a multiple of 64")
-            values = pack(*values)
-        tensors.update({f"{name}.{part}": value for part, value in zip(_PARTS[quantize], values, strict=True)})
+        if quantize == "int8":
+            tensors[f"{name}.strips"], tensors[f"{name}.scale"] = lay_int8(values[0]), values[1]
+        else:
+            tensors[f"{name}.strips"] = lay_int4(values[0], values[1], values[2])
         bias = stack([linear.bias for linear in linears])
         if bias is not None:
             tensors[f"{name}.bias"] = bias
@@ -111,48 +108,69 @@ def load_packed(
         raise UsageError(
             f"{folder} is packed as {config.packed} and cannot become {quantize}", "Start from the original checkpoint."
         )
-    stored: dict[str, Tensor] = {}
-    for path in tensor_files(folder):
-        with opened(path) as file:
-            stored |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dictionary
-    target = resolve_dtype(dtype, str(stored["embed_tokens.weight"].dtype).removeprefix("torch."), device)
-
-    def take(name: str, shape: torch.Size) -> Tensor:
-        tensor = stored.pop(name, None)
-        if tensor is None:
-            raise CheckpointError(f"{folder} lacks {name}", "Do config.json and the weights belong together?")
-        if tensor.shape != shape:
-            raise CheckpointError(f"{folder}: {name} is {list(tensor.shape)}, should be {list(shape)}")
-        return tensor
+    stored = _Stored(folder)
+    embedding = str(stored.peek("embed_tokens.weight").dtype).removeprefix("torch.")
+    target = resolve_dtype(dtype, embedding, device)
+    plan = plan_for(device, target, config.packed)
 
     def make(name: str, linears: list[nn.Linear]) -> nn.Module:
         n, k = sum(linear.out_features for linear in linears), linears[0].in_features
         has_bias = linears[0].bias is not None
-        bias = take(f"{name}.bias", torch.Size([n])).to(device, target) if has_bias else None
-        if config.packed == "int8":
-            values = take(f"{name}.q", torch.Size([n, k])), take(f"{name}.scale", torch.Size([n]))
-            return build("int8", tuple(value.to(device) for value in values), bias)
-        packed = take(f"{name}.packed", torch.Size([n, k // 2]))
-        return _int4(packed, take(f"{name}.scales", torch.Size([k // 32, n, 2])), bias, device)
+        bias = stored.take(f"{name}.bias", (n,)).to(device, target) if has_bias else None
+        words = 5 * k // GROUP if config.packed == "int4" else -(-k // 4)
+        block = BLOCK[config.packed]
+        strips = stored.take(f"{name}.strips", (-(-n // LANES), -(-words // block) * block, LANES))
+        if config.packed == "int4":
+            if plan.kernel == "int4-strips":
+                return Int4Strips(strips, k, n, bias)
+            values: tuple[Tensor, ...] = read_int4(strips, n, k)
+        else:
+            scale = stored.take(f"{name}.scale", (n,))
+            if plan.kernel == "int8-strips":
+                return Int8Strips(strips, scale, k, bias)
+            values = read_int8(strips, n, k), scale
+        return build(plan.kernel, tuple(value.to(device) for value in values), bias)
 
-    if device.type == "cpu" and config.packed == "int4" and not layout_is_known():
-        print("axon: int4 weights are converted to this CPU's layout while loading", file=sys.stderr)  # noqa: T201
     model = fuse(without_memory(config), make)
     for name, parameter in list(model.named_parameters()):
         if parameter.is_meta:
             owner, _, leaf = name.rpartition(".")
-            value = take(name, parameter.shape).to(device, target)
+            value = stored.take(name, tuple(parameter.shape)).to(device, target)
             setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
-    if stored:
-        raise CheckpointError(f"{folder} holds unexpected {', '.join(sorted(stored)[:3])}")
+    stored.finish()
     model.rope.to(device)
     return model.eval().requires_grad_(False)
 
 
-def _int4(packed: Tensor, scales: Tensor, bias: Tensor | None, device: torch.device) -> FastLinear:
-    """The linear for int4 weights as stored; in another layout where the device wants one."""
-    if device.type == "cpu" and layout_is_known():
-        return Int4Linear(packed, scales, bias)
-    q = unpack(packed).transpose(1, 2).reshape(packed.shape[0], -1)
-    scale, middle = scales[..., 0].T.contiguous(), scales[..., 1].T.contiguous()
-    return build("int4", (q.to(device), scale.to(device), middle.to(device)), bias)
+class _Stored:
+    """The tensors in a folder's files, each taken once."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._home = {name: path for path in tensor_files(folder) for name in _names(path)}
+
+    def peek(self, name: str) -> Tensor:
+        """A tensor, mapped from its file. Each is mapped anew: what was read from a mapping counts as memory in use."""
+        if name not in self._home:
+            raise CheckpointError(f"{self._folder} lacks {name}", "Do config.json and the weights belong together?")
+        with opened(self._home[name]) as file:
+            tensor: Tensor = file.get_tensor(name)
+        return tensor
+
+    def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """A tensor of this shape."""
+        tensor = self.peek(name)
+        del self._home[name]
+        if tensor.shape != shape:
+            raise CheckpointError(f"{self._folder}: {name} is {list(tensor.shape)}, should be {list(shape)}")
+        return tensor
+
+    def finish(self) -> None:
+        """Everything has been taken."""
+        if self._home:
+            raise CheckpointError(f"{self._folder} holds unexpected {', '.join(sorted(self._home)[:3])}")
+
+
+def _names(path: Path) -> list[str]:
+    with opened(path) as file:
+        return list(file.keys())

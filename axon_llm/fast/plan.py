@@ -15,8 +15,6 @@ from typing import Literal
 from axon_llm.errors import UsageError
 
 QUANTIZE = ("int8", "int4", "fp8")
-# Rows from which converting bfloat16 weights to float32 pays, on CPUs that multiply float32 faster (ops.wide_products).
-WIDE_ROWS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,14 +22,14 @@ class Plan:
     """A choice of kernel.
 
     Attributes:
-        kernel: name of the class in ``linear.py`` or its neighbours that holds the weights.
+        kernel: which class in ``linear.py`` or its neighbours holds the weights.
         fuse: one linear for query, key and value, and one for gate and up.
         decode: how one row is multiplied, in words.
         prefill: how many rows are multiplied, in words.
         bits: stored bits per weight, scales included.
     """
 
-    kernel: Literal["plain", "packed", "int8", "int4", "fp8", "reference"]
+    kernel: Literal["plain", "packed", "int8", "int4", "fp8", "bf16-strips", "int8-strips", "int4-strips", "reference"]
     fuse: bool
     decode: str
     prefill: str
@@ -39,7 +37,15 @@ class Plan:
 
 
 def choose(
-    *, device: str, dtype: str, rows: int, quantize: str | None, amx: bool, fp8: bool = False, wide: bool = False
+    *,
+    device: str,
+    dtype: str,
+    rows: int,
+    quantize: str | None,
+    amx: bool,
+    fp8: bool = False,
+    wide: bool = False,
+    strips: bool = False,
 ) -> Plan:
     """Decide how weights are stored and multiplied.
 
@@ -51,6 +57,7 @@ def choose(
         amx: the CPU has matrix tiles (Intel AMX).
         fp8: the device multiplies fp8 (Nvidia Hopper and later).
         wide: the CPU multiplies float32 faster than bfloat16 (``ops.wide_products``).
+        strips: there are kernels of our own for this CPU (``native.py``).
 
     Raises:
         UsageError: a quantisation that does not exist, or not here.
@@ -72,35 +79,36 @@ def choose(
         few = "Triton kernel that reads the weights as stored, up to 64 rows (without Triton: converted, then cuBLAS)"
         many = "converted, then cuBLAS"
         return Plan("int8", True, few, many, 8) if quantize == "int8" else Plan("int4", True, few, many, 5)
+    strips = strips and dtype != "float16"
+    # A matrix unit multiplies many rows several times as fast as our kernels, which do not use it; but not by int4.
+    if strips and quantize == "int4":
+        how = "strips, activations rounded to int8 by row and group of 32"
+        return Plan("int4-strips", True, how, how, 5)
+    if strips and quantize == "int8" and not amx:
+        how = "strips, activations rounded to int8 by row"
+        return Plan("int8-strips", True, how, how, 8)
+    if strips and quantize is None and dtype == "bfloat16" and not amx:
+        how = f"strips, products in {'float32' if wide else 'bfloat16'}"
+        return Plan("bf16-strips", True, how, how, width)
     if quantize == "int8":
         how = "oneDNN u8·s8, one activation scale per row"
         return Plan("int8", True, how, how, 8)
     if quantize == "int4":
-        many = f"converted to {'float32' if wide else 'bfloat16'} by blocks"
-        return Plan("int4", True, "groups of 32, converted inside the product", many, 5)
+        return Plan("int4", True, "PyTorch's int4 kernel", "PyTorch's int4 kernel, slow", 5)
     if dtype == "float16":
         return Plan("reference", False, "F.linear", "F.linear", width)
     if dtype == "bfloat16" and rows == 1 and amx:
         return Plan("plain", False, "matrix · vector on the weights as stored", "oneDNN, packed on the fly", width)
-    how = "oneDNN, packed once"
-    widened = wide and dtype == "bfloat16"
-    return Plan("packed", True, how, f"converted to float32 from {WIDE_ROWS} rows on" if widened else how, width)
+    return Plan("packed", True, "oneDNN, packed once", "oneDNN, packed once", width)
 
 
-def attention_kernel(
-    *, device: str, dtype: str, amx: bool, bf16_products: bool, wide: bool
-) -> Literal["fused", "products", "widened"]:
+def attention_kernel(*, device: str, dtype: str, amx: bool, strips: bool) -> Literal["fused", "strips"]:
     """Decide how attention is computed over the cache.
 
     Args:
         device: ``"cpu"`` or ``"cuda"``.
         dtype: of queries, keys and values.
-        amx: the CPU has matrix tiles, which the fused kernel uses.
-        bf16_products: the CPU multiplies pairs of bfloat16 numbers (AVX-512 BF16).
-        wide: it multiplies float32 faster all the same (``ops.wide_products``).
+        amx: the CPU has matrix tiles, which PyTorch's fused kernel uses.
+        strips: there are kernels of our own for this CPU.
     """
-    if device != "cpu" or dtype != "bfloat16" or amx:
-        return "fused"
-    if wide:
-        return "widened"
-    return "products" if bf16_products else "fused"
+    return "strips" if device == "cpu" and dtype == "bfloat16" and strips and not amx else "fused"

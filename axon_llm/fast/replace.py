@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from axon_llm.errors import UsageError
-from axon_llm.fast import ops
-from axon_llm.fast.attention import fastest_attend
+from axon_llm.fast import native, ops
+from axon_llm.fast.attention import fastest_attention
 from axon_llm.fast.blocks import FusedAttention, FusedFeedForward
 from axon_llm.fast.fp8 import Fp8Linear, quantise_fp8
 from axon_llm.fast.int4 import Int4Linear, Int4WeightLinear, pack
@@ -24,6 +24,7 @@ from axon_llm.fast.int8 import Int8Linear, Int8WeightLinear
 from axon_llm.fast.linear import FastLinear, PackedLinear, PlainLinear
 from axon_llm.fast.plan import Plan, choose
 from axon_llm.fast.quantise import GROUP, quantise_int4, quantise_int8
+from axon_llm.fast.strips import Bf16Strips, Int4Strips, Int8Strips, lay_int4, lay_int8
 from axon_llm.model import Transformer
 
 
@@ -46,15 +47,7 @@ def accelerate(
     """
     weight = model.embed_tokens.weight
     if plan is None:
-        plan = choose(
-            device=weight.device.type,
-            dtype=str(weight.dtype).removeprefix("torch."),
-            rows=rows,
-            quantize=quantize,
-            amx=weight.device.type == "cpu" and has_amx(),
-            fp8=weight.device.type == "cuda" and torch.cuda.get_device_capability(weight.device) >= (9, 0),
-            wide=weight.device.type == "cpu" and ops.wide_products(),
-        )
+        plan = plan_for(weight.device, weight.dtype, quantize, rows)
         if plan.kernel == "packed" and not ops.works("packed", weight.dtype):
             plan = replace(plan, kernel="plain", decode="F.linear", prefill="F.linear")
     if plan.kernel == "reference" or any(isinstance(module, FastLinear) for module in model.modules()):
@@ -69,6 +62,28 @@ def accelerate(
     return model
 
 
+def plan_for(device: torch.device, dtype: torch.dtype, quantize: str | None, rows: int = 1) -> Plan:
+    """What :func:`axon_llm.fast.plan.choose` says of a device that is here.
+
+    Raises:
+        UsageError: an unknown quantisation, or one this device does not have.
+    """
+    on_cpu = device.type == "cpu"
+    amx = on_cpu and has_amx()
+    # Not asked for where they would not be used: asking compiles them.
+    useful = on_cpu and (quantize == "int4" or (not amx and (quantize == "int8" or dtype == torch.bfloat16)))
+    return choose(
+        device=device.type,
+        dtype=str(dtype).removeprefix("torch."),
+        rows=rows,
+        quantize=quantize,
+        amx=amx,
+        fp8=device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0),
+        wide=on_cpu and ops.wide_products(),
+        strips=useful and dtype != torch.float16 and native.load(),
+    )
+
+
 def fuse(model: Transformer, make: Callable[[str, list[nn.Linear]], nn.Module]) -> Transformer:
     """Replace every linear, several with the same input by one.
 
@@ -81,11 +96,12 @@ def fuse(model: Transformer, make: Callable[[str, list[nn.Linear]], nn.Module]) 
         The same model.
     """
     blocks: Any = model.layers  # of Block; the container does not say so
+    kernels = fastest_attention(model.embed_tokens.weight)
     for index, block in enumerate(blocks):
         attention, mlp, prefix = block.self_attn, block.mlp, f"layers.{index}"
         qkv = make(f"{prefix}.self_attn.qkv_proj", _take(attention, "q_proj", "k_proj", "v_proj"))
         out = make(f"{prefix}.self_attn.o_proj", _take(attention, "o_proj"))
-        block.self_attn = FusedAttention(attention, qkv, out, fastest_attend(model.embed_tokens.weight))
+        block.self_attn = FusedAttention(attention, qkv, out, kernels)
         gate_up = make(f"{prefix}.mlp.gate_up_proj", _take(mlp, "gate_proj", "up_proj"))
         block.mlp = FusedFeedForward(gate_up, make(f"{prefix}.mlp.down_proj", _take(mlp, "down_proj")))
     model.lm_head = make("lm_head", _take(model, "lm_head"))  # type: ignore[assignment]
@@ -136,17 +152,17 @@ def _take(parent: nn.Module, *names: str) -> list[nn.Linear]:
     return taken
 
 
-def quantised(kernel: str, linears: Sequence[nn.Linear]) -> tuple[Tensor, ...]:
-    """The weights of linears, stacked and quantised, as their fast variant takes them.
+def quantised(quantize: str, linears: Sequence[nn.Linear]) -> tuple[Tensor, ...]:
+    """The weights of linears, stacked and quantised: values and scales.
 
     Raises:
         UsageError: sizes that cannot be grouped.
     """
     weight = stack([linear.weight for linear in linears])
     assert weight is not None
-    if kernel == "int8":
+    if quantize == "int8":
         return quantise_int8(weight)
-    if kernel == "fp8":
+    if quantize == "fp8":
         return quantise_fp8(weight)
     if weight.shape[1] % GROUP or weight.shape[0] % GROUP:
         raise UsageError(
@@ -157,14 +173,19 @@ def quantised(kernel: str, linears: Sequence[nn.Linear]) -> tuple[Tensor, ...]:
 
 
 def build(kernel: str, values: tuple[Tensor, ...], bias: Tensor | None) -> FastLinear:
-    """The linear that holds quantised weights, for their device; a portable one where a kernel is missing."""
+    """The linear that holds quantised weights, by a plan's kernel; a portable one where PyTorch lacks what it uses."""
+    if kernel == "int8-strips":
+        q, scale = values
+        return Int8Strips(lay_int8(q), scale, q.shape[1], bias)
+    if kernel == "int4-strips":
+        return Int4Strips(lay_int4(*values), values[0].shape[1], values[0].shape[0], bias)
+    if kernel == "fp8":
+        q, scale = values
+        return Fp8Linear(q, scale, bias)
     on_cpu = values[0].device.type == "cpu" and ops.works(kernel)
     if kernel == "int8":
         q, scale = values
         return Int8Linear(q, scale, bias) if on_cpu else Int8WeightLinear(q, scale, bias)
-    if kernel == "fp8":
-        q, scale = values
-        return Fp8Linear(q, scale, bias)
     q, scale, middle = values
     return Int4Linear(*pack(q, scale, middle), bias) if on_cpu else Int4WeightLinear(q, scale, middle, bias)
 
@@ -172,10 +193,13 @@ def build(kernel: str, values: tuple[Tensor, ...], bias: Tensor | None) -> FastL
 def _make(plan: Plan, rows: int, linears: Sequence[nn.Linear]) -> nn.Module:
     """One fast linear that does the work of several with the same input, stacked in order."""
     bias = stack([linear.bias for linear in linears])
-    if plan.kernel in ("int8", "int4", "fp8"):
-        return build(plan.kernel, quantised(plan.kernel, linears), bias)
+    quantize = plan.kernel.removesuffix("-strips")
+    if quantize in ("int8", "int4", "fp8"):
+        return build(plan.kernel, quantised(quantize, linears), bias)
     weight = stack([linear.weight for linear in linears])
     assert weight is not None
+    if plan.kernel == "bf16-strips":
+        return Bf16Strips(weight, bias)
     return PackedLinear(weight, bias, rows) if plan.kernel == "packed" else PlainLinear(weight, bias)
 
 

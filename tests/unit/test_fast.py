@@ -8,12 +8,8 @@ import torch
 from axon_llm.cache import KVCache
 from axon_llm.config import ModelConfig
 from axon_llm.errors import UsageError
-from axon_llm.fast import accelerate, describe, linear, ops
-from axon_llm.fast import attention as fast_attention
-from axon_llm.fast.attention import attend_by_products, attend_widened
-from axon_llm.fast.linear import PackedLinear
-from axon_llm.fast.plan import WIDE_ROWS, Plan, attention_kernel, choose
-from axon_llm.layers.attention import attend
+from axon_llm.fast import accelerate, describe
+from axon_llm.fast.plan import Plan, choose
 from axon_llm.model import Transformer
 
 CONFIG = ModelConfig(
@@ -83,64 +79,6 @@ def test_in_bfloat16_the_fast_path_is_as_close_to_float32_as_the_readable_one(pl
     readable = (prefill_and_decode(model, torch.bfloat16, rows) - exact).norm()
     fast = (prefill_and_decode(accelerate(copy.deepcopy(model), plan=plan), torch.bfloat16, rows) - exact).norm()
     assert 0 < fast < 1.5 * readable
-
-
-@pytest.mark.parametrize("bias", [None, torch.linspace(-1, 1, 96).bfloat16()], ids=["no-bias", "bias"])
-def test_many_rows_are_multiplied_in_float32_where_that_is_faster(
-    bias: torch.Tensor | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(96, 64, generator=generator).bfloat16()
-    x = torch.randn(2, WIDE_ROWS // 2, 64, generator=generator).bfloat16()
-    monkeypatch.setattr(ops, "wide_products", lambda: True)
-    wide = PackedLinear(weight, bias)
-    exact = torch.nn.functional.linear(x.float(), weight.float(), None if bias is None else bias.float())
-    assert torch.equal(wide(x), exact.bfloat16())  # rounded once, at the end
-    monkeypatch.setattr(ops, "wide_products", lambda: False)
-    torch.testing.assert_close(PackedLinear(weight, bias)(x), wide(x), rtol=0.02, atol=0.05)
-    monkeypatch.setattr(linear, "LARGEST_WIDE", 4)
-    monkeypatch.setattr(ops, "wide_products", lambda: True)
-    assert PackedLinear(weight).wide_from > WIDE_ROWS
-    assert PackedLinear(weight.float()).wide_from > WIDE_ROWS
-
-
-def test_the_plan_says_where_weights_are_converted() -> None:
-    def prefill(dtype: str, quantize: str | None, wide: bool) -> str:
-        return choose(device="cpu", dtype=dtype, rows=1, quantize=quantize, amx=False, wide=wide).prefill
-
-    assert "float32" in prefill("bfloat16", None, True)
-    assert "float32" in prefill("bfloat16", "int4", True)
-    assert "float32" not in prefill("bfloat16", None, False) + prefill("bfloat16", "int4", False)
-    assert prefill("float32", None, True) == prefill("float32", None, False)
-
-
-@pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
-@pytest.mark.parametrize(("T", "S"), [(1, 9), (5, 40), (16, 16)])
-def test_attention_by_other_ways_is_the_readable_attention(
-    dtype: torch.dtype, close: float, T: int, S: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    generator = torch.Generator().manual_seed(0)
-    q = torch.randn(3, 6, T, 8, generator=generator).to(dtype)
-    k, v = torch.randn(2, 3, 2, S, 8, generator=generator).to(dtype)
-    last = torch.randint(0, S, (3, 1, T, 1), generator=generator)  # each slot sees another number of positions
-    mask = torch.arange(S) <= last
-    torch.testing.assert_close(attend_by_products(q, k, v, mask), attend(q, k, v, mask), rtol=close, atol=close)
-    monkeypatch.setattr(fast_attention, "WIDE_TOKENS", 5)
-    torch.testing.assert_close(attend_widened(q, k, v, mask), attend(q, k, v, mask), rtol=close, atol=close)
-    if T >= 5:
-        exact = attend(q.float(), k.float(), v.float(), mask)
-        assert torch.equal(attend_widened(q, k, v, mask), exact.to(dtype))  # rounded once, at the end
-
-
-def test_attention_goes_by_products_only_where_the_fused_kernel_has_no_matrix_unit() -> None:
-    def chosen(**changes: object) -> str:
-        usual = {"device": "cpu", "dtype": "bfloat16", "amx": False, "bf16_products": True, "wide": False}
-        return attention_kernel(**{**usual, **changes})
-
-    assert chosen() == "products"
-    assert chosen(wide=True) == "widened"
-    for change in ({"amx": True}, {"bf16_products": False}, {"dtype": "float32"}, {"device": "cuda"}):
-        assert chosen(**change) == "fused"
 
 
 def test_the_original_linears_are_gone_and_described() -> None:

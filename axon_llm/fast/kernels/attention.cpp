@@ -1,0 +1,248 @@
+// Attention over the cache: two products with strips, and a softmax between them that is taken piece by piece.
+//
+// For 64 positions at a time, keys are laid in strips whose channels are the positions, values in strips whose channels
+// are the head's. So the query rows times the keys are scores, 16 positions to a register, and the scores' weights
+// times the values are added to what earlier pieces gave. Each row carries its largest score so far; when a larger one
+// comes, what was summed before is scaled down (Milakov and Gimelshein, 2018; Dao et al., 2022, "FlashAttention").
+//
+// Pieces that no row of a task may see are skipped, so neither the future nor the unused tail of a cache is read.
+//
+// Legend: B slots, T new tokens, S positions, Hq/Hkv query and KV heads, G = Hq / Hkv, D head_dim; a *row* is one query
+// head of one token, row t * G + g of its KV head.
+
+#include <torch/csrc/stable/library.h>
+
+#include <cmath>
+#include <limits>
+
+#include "strips.h"
+
+namespace {
+
+constexpr int64_t PIECE = 64;  // positions
+constexpr int64_t ROWS = 64;   // of a task, at most
+
+inline int64_t round_up(int64_t size, int64_t multiple) { return (size + multiple - 1) / multiple * multiple; }
+
+// e to the power of x, for x not above 0: 2^n times a polynomial in what remains, to about float32's last bit.
+inline __m512 exponential(__m512 x) {
+  x = _mm512_max_ps(x, _mm512_set1_ps(-104.0f));
+  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)),
+                                        _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693145752f), x);  // ln 2 in two parts
+  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(1.42860677e-6f), r);
+  __m512 p = _mm512_set1_ps(1.0f / 720);
+  for (float c : {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c));
+  return _mm512_scalef_ps(p, n);
+}
+
+// Sixteen registers of sixteen words, turned: word i of register j becomes word j of register i.
+inline void turn(__m512i* r) {
+  __m512i t[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 16; i += 8)
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) {
+      t[i + j] = _mm512_shuffle_i32x4(r[i + j], r[i + j + 4], 0x88);
+      t[i + j + 4] = _mm512_shuffle_i32x4(r[i + j], r[i + j + 4], 0xdd);
+    }
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; i++) {
+    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+  }
+}
+
+inline __mmask32 first(int64_t count) { return count >= 32 ? ~0u : count <= 0 ? 0 : (1u << count) - 1; }
+
+// Keys [PIECE, D] → strips of 16 positions: [PIECE / 16, blocks, 16 words, 16].
+inline void lay_keys(const uint16_t* k, int64_t stride, int64_t count, int64_t D, uint8_t* strips) {
+  const int64_t blocks = round_up(D, Pairs::INPUTS) / Pairs::INPUTS;
+  for (int64_t s = 0; s < PIECE; s += 16)
+    for (int64_t b = 0; b < blocks; b++, strips += Pairs::BYTES) {
+      __m512i rows[16];
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < 16; i++)
+        rows[i] = _mm512_maskz_loadu_epi16(s + i < count ? first(D - 32 * b) : 0, k + (s + i) * stride + 32 * b);
+      turn(rows);
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; i++) _mm512_store_si512(strips + 64 * i, rows[i]);
+    }
+}
+
+// Values [PIECE, D] → strips of 16 channels: [⌈D / 32⌉ * 2, PIECE / 2 words, 16], two positions to a word.
+inline void lay_values(const uint16_t* v, int64_t stride, int64_t count, int64_t D, uint8_t* strips) {
+  alignas(64) static constexpr uint16_t LOW[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                                   8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+  const __m512i low = _mm512_load_si512(LOW), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+  constexpr int64_t STRIP = PIECE / 2 * 64;  // bytes
+  for (int64_t d = 0; d < D; d += 32, strips += 2 * STRIP)
+    for (int64_t s = 0; s < PIECE; s += 2) {
+      const __m512i even = _mm512_maskz_loadu_epi16(s < count ? first(D - d) : 0, v + s * stride + d);
+      const __m512i odd = _mm512_maskz_loadu_epi16(s + 1 < count ? first(D - d) : 0, v + (s + 1) * stride + d);
+      _mm512_store_si512(strips + s / 2 * 64, _mm512_permutex2var_epi16(even, low, odd));
+      _mm512_store_si512(strips + STRIP + s / 2 * 64, _mm512_permutex2var_epi16(even, high, odd));
+    }
+}
+
+// Sixteen weights of a row as the format's activations: words `at` and up of block `b`.
+inline void put(const Pairs&, Activations& a, int32_t* words, int64_t R, int64_t r, int64_t s, __m512 p) {
+  auto* to = reinterpret_cast<uint16_t*>(words + (s / Pairs::INPUTS * R + r) * Pairs::WORDS) + s % Pairs::INPUTS;
+  store(to, p, 0xffff);
+}
+inline void put(const WidePairs&, Activations& a, int32_t* words, int64_t R, int64_t r, int64_t s, __m512 p) {
+  _mm512_storeu_ps(reinterpret_cast<float*>(words + (s / Pairs::INPUTS * R + r) * WidePairs::WORDS) + s % Pairs::INPUTS,
+                   p);
+}
+
+// sums [strips, R] += the rows of `a` times strips, one after the other. Meanwhile the processor fetches what is needed
+// `next`: as many bytes as the strips have.
+template <class Format>
+inline void add_product(const Activations& a, int64_t R, int64_t blocks, int64_t count, const uint8_t* strips,
+                        __m512* sums, const uint16_t* next) {
+  const auto* ahead = reinterpret_cast<const char*>(next);
+  for (int64_t strip = 0; strip < count; strip++, sums += R)
+    for (int64_t b = 0; b < blocks; b++, strips += Format::BYTES, ahead += Format::BYTES) {
+      for (int64_t i = 0; i < Format::BYTES; i += 64) _mm_prefetch(ahead + i, _MM_HINT_T1);
+      const typename Format::Block block(strips);
+      int64_t r = 0;
+      for (; r + 4 <= R; r += 4) Format::template multiply<4>(block, a, b * R + r, sums + r);
+      for (; r < R; r++) Format::template multiply<1>(block, a, b * R + r, sums + r);
+    }
+}
+
+struct Shape {
+  int64_t B, Hq, Hkv, G, T, S, D;
+};
+
+// Rows from `begin` to `end` of one slot and KV head.
+template <class Format>
+void attend_rows(const Shape& z, const uint16_t* const* queries, int64_t begin, int64_t end, const uint16_t* k,
+                 int64_t k_stride, const uint16_t* v, int64_t v_stride, const uint8_t* mask, uint16_t* const* out) {
+  const int64_t R = end - begin, key_blocks = round_up(z.D, Format::INPUTS) / Format::INPUTS;
+  const int64_t value_strips = round_up(z.D, 32) / 16;
+  alignas(64) thread_local static std::vector<__m512> memory;
+  // one after the other: keys, values, scores, sums
+  const int64_t key_size = PIECE / 16 * key_blocks * 16, value_size = value_strips * PIECE / 2;
+  memory.resize(key_size + value_size + PIECE / 16 * R + value_strips * R);
+  auto* keys = reinterpret_cast<uint8_t*>(memory.data());
+  auto* values = reinterpret_cast<uint8_t*>(memory.data() + key_size);
+  __m512 *scores = memory.data() + key_size + value_size, *sums = scores + PIECE / 16 * R;
+  std::fill(sums, sums + value_strips * R, _mm512_setzero_ps());
+
+  Activations a, weights;
+  std::vector<uint16_t> rows(R * z.D);
+  for (int64_t r = 0; r < R; r++) std::memcpy(rows.data() + r * z.D, queries[begin + r], z.D * 2);
+  Format::prepare(rows.data(), R, z.D, key_blocks, a, false);
+  constexpr int64_t blocks = PIECE / Format::INPUTS;
+  int32_t* words = weights.allocate(blocks * R * Format::WORDS);
+
+  float most[ROWS], total[ROWS];
+  std::fill(most, most + R, -std::numeric_limits<float>::infinity());
+  std::fill(total, total + R, 0.0f);
+  const __m512 scale = _mm512_set1_ps(1.0f / std::sqrt(static_cast<float>(z.D)));
+  const __m512 nothing = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+
+  for (int64_t s = 0; s < z.S; s += PIECE) {
+    const int64_t count = std::min(PIECE, z.S - s);
+    uint64_t any = 0;
+    for (int64_t t = begin / z.G; t <= (end - 1) / z.G; t++) {
+      const __m512i seen = _mm512_maskz_loadu_epi8(count == 64 ? ~0ull : (1ull << count) - 1, mask + t * z.S + s);
+      any |= _mm512_test_epi8_mask(seen, seen);
+    }
+    if (any == 0) continue;
+    lay_keys(k + s * k_stride, k_stride, count, z.D, keys);
+    lay_values(v + s * v_stride, v_stride, count, z.D, values);
+    std::fill(scores, scores + PIECE / 16 * R, _mm512_setzero_ps());
+    add_product<Format>(a, R, key_blocks, PIECE / 16, keys, scores, k + (s + PIECE) * k_stride);
+    for (int64_t r = 0; r < R; r++) {
+      const uint8_t* row_mask = mask + (begin + r) / z.G * z.S + s;
+      const __m512i bytes = _mm512_maskz_loadu_epi8(count == 64 ? ~0ull : (1ull << count) - 1, row_mask);
+      const uint64_t seen = _mm512_test_epi8_mask(bytes, bytes);
+      if (seen == 0 && total[r] == 0.0f) {  // nothing yet: no largest score to compare with
+        for (int64_t i = 0; i < PIECE; i += 16) put(Format(), weights, words, R, r, i, _mm512_setzero_ps());
+        continue;
+      }
+      __m512 x[4], largest = nothing;
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; i++) {
+        x[i] = _mm512_mask_mul_ps(nothing, static_cast<__mmask16>(seen >> (16 * i)), scores[i * R + r], scale);
+        largest = _mm512_max_ps(largest, x[i]);
+      }
+      const float before = most[r], now = std::max(before, _mm512_reduce_max_ps(largest));
+      const float shrink = before == now ? 1.0f : std::exp(before - now);
+      __m512 sum = _mm512_setzero_ps();
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; i++) {
+        const __mmask16 here = static_cast<__mmask16>(seen >> (16 * i));
+        const __m512 p = _mm512_maskz_mov_ps(here, exponential(_mm512_sub_ps(x[i], _mm512_set1_ps(now))));
+        sum = _mm512_add_ps(sum, p);
+        put(Format(), weights, words, R, r, 16 * i, p);
+      }
+      most[r] = now;
+      total[r] = total[r] * shrink + _mm512_reduce_add_ps(sum);
+      if (shrink != 1.0f)
+        for (int64_t i = 0; i < value_strips; i++)
+          sums[i * R + r] = _mm512_mul_ps(sums[i * R + r], _mm512_set1_ps(shrink));
+    }
+    add_product<Format>(weights, R, blocks, value_strips, values, sums, v + (s + PIECE) * v_stride);
+  }
+  for (int64_t r = 0; r < R; r++)
+    for (int64_t i = 0; i < value_strips; i++) {
+      const __m512 mean = _mm512_mul_ps(sums[i * R + r], _mm512_set1_ps(1.0f / total[r]));
+      store(out[begin + r] + 16 * i, mean, static_cast<__mmask16>(first(z.D - 16 * i) & 0xffff));
+    }
+}
+
+template <class Format>
+Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& mask) {
+  const Shape z{q.size(0), q.size(1), k.size(1), q.size(1) / k.size(1), q.size(2), k.size(2), q.size(3)};
+  Tensor y = torch::stable::new_empty(q, {z.B, z.Hq, z.T, z.D});
+  const Tensor seen = torch::stable::contiguous(mask);  // [B or 1, 1, T, S]
+  const auto* query = static_cast<const uint16_t*>(q.const_data_ptr());
+  const auto* key = static_cast<const uint16_t*>(k.const_data_ptr());
+  const auto* value = static_cast<const uint16_t*>(v.const_data_ptr());
+  const auto* masks = static_cast<const uint8_t*>(seen.const_data_ptr());
+  auto* result = static_cast<uint16_t*>(y.mutable_data_ptr());
+  const int64_t all = z.T * z.G, tasks = round_up(all, ROWS) / ROWS;
+  torch::stable::parallel_for(0, z.B * z.Hkv * tasks, 1, [&](int64_t from, int64_t to) {
+    std::vector<const uint16_t*> queries(all);
+    std::vector<uint16_t*> out(all);
+    for (int64_t task = from; task < to; task++) {
+      const int64_t b = task / (z.Hkv * tasks), h = task / tasks % z.Hkv, begin = task % tasks * ROWS;
+      const int64_t end = std::min(begin + ROWS, all);
+      for (int64_t r = begin; r < end; r++) {
+        const int64_t t = r / z.G, head = h * z.G + r % z.G;
+        queries[r] = query + b * q.stride(0) + head * q.stride(1) + t * q.stride(2);
+        out[r] = result + ((b * z.Hq + head) * z.T + t) * z.D;
+      }
+      attend_rows<Format>(z, queries.data(), begin, end, key + b * k.stride(0) + h * k.stride(1), k.stride(2),
+                          value + b * v.stride(0) + h * v.stride(1), v.stride(2),
+                          masks + (seen.size(0) == 1 ? 0 : b * z.T * z.S), out.data());
+    }
+  });
+  return y;
+}
+
+Tensor bf16_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& mask, bool wide) {
+#ifdef __AVX512BF16__
+  if (!wide) return attend<Pairs>(q, k, v, mask);
+#endif
+  return attend<WidePairs>(q, k, v, mask);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(axon, CPU, m) { m.impl("bf16_attention", TORCH_BOX(&bf16_attention)); }

@@ -1,0 +1,338 @@
+// Weights in strips, and rows of activations multiplied by them: what linear.cpp and attention.cpp share.
+//
+// A decode step is bound by reading its weights, and memory is read fastest as one stream from front to back. So the
+// weights of 16 output channels lie together, as a *strip*: 64 bytes hold the next four bytes of each of the 16, the
+// next 64 bytes the four after those. What four bytes are depends on the format:
+//
+//   bf16   2 input channels
+//   int8   4 input channels, as bytes around 128
+//   int4   8 input channels, as half bytes around 8, those of the first four low; after each group of 32 input
+//          channels comes the group's scale and middle, both bfloat16
+//
+// 64 bytes are a register. A *block* is 16 registers of weights: it is loaded, every row is multiplied by it, and the
+// next block of the strip follows. Four rows are multiplied in turn, product by product, because a product takes longer
+// than the processor waits before it starts the next one that does not depend on it.
+//
+// The integer formats round activations to bytes: int8 with a scale for each row, int4 with a scale for each row and
+// group. Each row's sum is taken in the same order whatever rows are computed with it: its result is the same to the
+// bit.
+//
+// The instructions (AVX-512 with VNNI, and BF16 where there is one) are described in Intel's Intrinsics Guide.
+//
+// Legend: R rows, K input channels, N output channels
+//
+// Read next: linear.cpp.
+
+#pragma once
+
+#include <immintrin.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+using torch::stable::Tensor;
+
+namespace {
+
+constexpr int64_t LANES = 16;     // output channels of a strip
+constexpr int64_t TOGETHER = 64;  // rows that go through a strip together: their sums stay in the nearest cache
+constexpr int64_t GROUP = 32;     // input channels that share a scale in int4
+// With four rows and more a block is computed for longer than the processor looks ahead, so it is told what comes.
+// Measured on Zen 4: at 16 rows 1.4 times as fast with it, at one row slower.
+constexpr int64_t AHEAD = 12288;  // bytes
+constexpr int64_t AHEAD_ROWS = 4;
+
+// Rows of activations as the blocks want them: the words of all rows for the first block, then for the second.
+struct Activations {
+  std::unique_ptr<int32_t[], decltype(&std::free)> owned{nullptr, &std::free};
+  const int32_t* words = nullptr;  // [blocks, R, words of a block]
+  std::vector<float> scale;        // int8: [R]; int4: [blocks, R, 2]
+  std::vector<float> sum;          // int4: [blocks, R, 2], of a group's rounded activations
+  std::vector<int32_t> start;      // what the integer sums begin with, as long as scale
+
+  int32_t* allocate(int64_t count) {
+    owned.reset(static_cast<int32_t*>(std::aligned_alloc(64, (count * 4 + 63) / 64 * 64)));
+    words = owned.get();
+    return owned.get();
+  }
+};
+
+// Sixteen activations, zeros from the `left`-th on, as float32.
+inline __m512 load(const float* x, int64_t left) {
+  return _mm512_maskz_loadu_ps(left >= 16 ? 0xffff : left <= 0 ? 0 : (1u << left) - 1, x);
+}
+inline __m512 load(const uint16_t* x, int64_t left) {
+  const __m256i bits = _mm256_maskz_loadu_epi16(left >= 16 ? 0xffff : left <= 0 ? 0 : (1u << left) - 1, x);
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+
+inline void store(float* y, __m512 values, __mmask16 here) { _mm512_mask_storeu_ps(y, here, values); }
+inline void store(uint16_t* y, __m512 values, __mmask16 here) {
+  // To the nearest bfloat16, ties to even; what is not a number stays so.
+  const __m512i bits = _mm512_castps_si512(values);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  rounded =
+      _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc00000));
+  _mm256_mask_storeu_epi16(y, here, _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+}
+
+// Sixteen activations rounded to bytes, written to `out`; and returned.
+inline __m512i to_bytes(__m512 x, __m512 inverse, int8_t* out) {
+  const __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(x, inverse));  // to nearest, ties to even
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtsepi32_epi8(q));
+  return q;
+}
+
+// The largest magnitude of some activations. Compared as integers: in that order what is not a number is larger than
+// any number, and shows in the result instead of being lost.
+class Largest {
+ public:
+  void add(__m512 x) { most_ = _mm512_max_epi32(most_, _mm512_castps_si512(_mm512_abs_ps(x))); }
+  float value() const {
+    return _mm512_cvtss_f32(_mm512_castsi512_ps(_mm512_set1_epi32(_mm512_reduce_max_epi32(most_))));
+  }
+
+ private:
+  __m512i most_ = _mm512_castps_si512(_mm512_set1_ps(1e-20f));  // rows of zeros have a scale too
+};
+
+// ------------------------------------------------------------------------------------------------------ the formats
+//
+// Each says how activations are prepared, how a block is loaded, how ROWS rows are multiplied by it, and how a sum
+// becomes a result.
+
+// bfloat16 weights and activations; products of pairs, summed in float32.
+struct Pairs {
+  static constexpr int64_t INPUTS = 32, WORDS = 16, BYTES = 1024;  // of a block: input channels, words of a row, bytes
+  using Sum = __m512;
+
+  struct Block {
+    __m512i w[16];
+    explicit Block(const uint8_t* p) {
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; i++) w[i] = _mm512_loadu_si512(p + 64 * i);
+    }
+  };
+
+  static void prepare(const uint16_t* x, int64_t R, int64_t K, int64_t blocks, Activations& a, bool together = true) {
+    if (R == 1 && K % INPUTS == 0) {
+      a.words = reinterpret_cast<const int32_t*>(x);
+      return;
+    }
+    int32_t* words = a.allocate(blocks * R * WORDS);
+    torch::stable::parallel_for(0, R, together ? 16 : R, [&](int64_t begin, int64_t end) {
+      for (int64_t b = 0; b < blocks; b++) {
+        const int64_t left = K - b * INPUTS;
+        const __mmask32 here = left >= 32 ? ~0u : (1u << left) - 1;
+        for (int64_t r = begin; r < end; r++)
+          _mm512_storeu_si512(words + (b * R + r) * WORDS, _mm512_maskz_loadu_epi16(here, x + r * K + b * INPUTS));
+      }
+    });
+  }
+
+  static Sum first(const Activations&, int64_t) { return _mm512_setzero_ps(); }
+
+#ifdef __AVX512BF16__
+  template <int ROWS>
+  static inline void multiply(const Block& block, const Activations& a, int64_t at, Sum* sums) {
+    const int32_t* x = a.words + at * WORDS;
+    __m512 even[ROWS], odd[ROWS];  // two sums at a time: neither waits for the other
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; r++) even[r] = sums[r], odd[r] = _mm512_setzero_ps();
+#pragma GCC unroll 8
+    for (int i = 0; i < 16; i += 2) {
+#pragma GCC unroll 4
+      for (int r = 0; r < ROWS; r++) {
+        const __m512i one = _mm512_set1_epi32(x[r * WORDS + i]), two = _mm512_set1_epi32(x[r * WORDS + i + 1]);
+        even[r] = _mm512_dpbf16_ps(even[r], (__m512bh)block.w[i], (__m512bh)one);
+        odd[r] = _mm512_dpbf16_ps(odd[r], (__m512bh)block.w[i + 1], (__m512bh)two);
+      }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; r++) sums[r] = _mm512_add_ps(even[r], odd[r]);
+  }
+#endif
+
+  static __m512 finish(Sum sum, const Activations&, int64_t, const float*) { return sum; }
+};
+
+// The same, multiplied in float32: for processors without the instruction, or where it is slow.
+struct WidePairs : Pairs {
+  static constexpr int64_t WORDS = 32;
+
+  static void prepare(const uint16_t* x, int64_t R, int64_t K, int64_t blocks, Activations& a, bool together = true) {
+    float* words = reinterpret_cast<float*>(a.allocate(blocks * R * WORDS));
+    torch::stable::parallel_for(0, R, together ? 16 : R, [&](int64_t begin, int64_t end) {
+      for (int64_t b = 0; b < blocks; b++)
+        for (int64_t r = begin; r < end; r++)
+          for (int64_t k = 0; k < INPUTS; k += 16) {
+            const int64_t from = b * INPUTS + k;
+            _mm512_storeu_ps(words + (b * R + r) * WORDS + k, load(x + r * K + from, K - from));
+          }
+    });
+  }
+
+  template <int ROWS>
+  static inline void multiply(const Block& block, const Activations& a, int64_t at, Sum* sums) {
+    const float* x = reinterpret_cast<const float*>(a.words) + at * WORDS;
+    const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000));
+    __m512 even[ROWS], odd[ROWS];
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; r++) even[r] = sums[r], odd[r] = _mm512_setzero_ps();
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) {
+      const __m512 one = _mm512_castsi512_ps(_mm512_slli_epi32(block.w[i], 16));
+      const __m512 two = _mm512_castsi512_ps(_mm512_and_si512(block.w[i], upper));
+#pragma GCC unroll 4
+      for (int r = 0; r < ROWS; r++) {
+        even[r] = _mm512_fmadd_ps(one, _mm512_set1_ps(x[r * WORDS + 2 * i]), even[r]);
+        odd[r] = _mm512_fmadd_ps(two, _mm512_set1_ps(x[r * WORDS + 2 * i + 1]), odd[r]);
+      }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; r++) sums[r] = _mm512_add_ps(even[r], odd[r]);
+  }
+};
+
+// int8 weights; activations rounded with a scale for each row. Sums are exact.
+struct Int8 {
+  static constexpr int64_t INPUTS = 64, WORDS = 16, BYTES = 1024;
+  using Sum = __m512i;
+  using Block = Pairs::Block;
+
+  template <class X>
+  static void prepare(const X* x, int64_t R, int64_t K, int64_t blocks, Activations& a) {
+    int32_t* words = a.allocate(blocks * R * WORDS);
+    a.scale.resize(R), a.start.resize(R);
+    torch::stable::parallel_for(0, R, 8, [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; r++) {
+        const X* row = x + r * K;
+        Largest most;
+        for (int64_t k = 0; k < K; k += 16) most.add(load(row + k, K - k));
+        const float largest = most.value();
+        const __m512 inverse = _mm512_set1_ps(127.0f / largest);
+        __m512i sum = _mm512_setzero_si512();
+        for (int64_t k = 0; k < blocks * INPUTS; k += 16) {
+          int8_t* out = reinterpret_cast<int8_t*>(words + (k / INPUTS * R + r) * WORDS) + k % INPUTS;
+          sum = _mm512_add_epi32(sum, to_bytes(load(row + k, K - k), inverse, out));
+        }
+        a.scale[r] = largest / 127.0f;
+        a.start[r] = -128 * _mm512_reduce_add_epi32(sum);  // the weights' bytes are 128 too large
+      }
+    });
+  }
+
+  static Sum first(const Activations& a, int64_t r) { return _mm512_set1_epi32(a.start[r]); }
+
+  template <int ROWS>
+  static inline void multiply(const Block& block, const Activations& a, int64_t at, Sum* sums) {
+    const int32_t* x = a.words + at * WORDS;
+    __m512i even[ROWS], odd[ROWS];
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; r++) even[r] = sums[r], odd[r] = _mm512_setzero_si512();
+#pragma GCC unroll 8
+    for (int i = 0; i < 16; i += 2) {
+#pragma GCC unroll 4
+      for (int r = 0; r < ROWS; r++) {
+        even[r] = _mm512_dpbusd_epi32(even[r], block.w[i], _mm512_set1_epi32(x[r * WORDS + i]));
+        odd[r] = _mm512_dpbusd_epi32(odd[r], block.w[i + 1], _mm512_set1_epi32(x[r * WORDS + i + 1]));
+      }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; r++) sums[r] = _mm512_add_epi32(even[r], odd[r]);
+  }
+
+  static __m512 finish(Sum sum, const Activations& a, int64_t r, const float* scale) {
+    return _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_set1_ps(a.scale[r])), _mm512_loadu_ps(scale));
+  }
+};
+
+// int4 weights, w = (q − 8) · scale + middle; activations rounded with a scale for each row and group.
+struct Int4 {
+  static constexpr int64_t INPUTS = 2 * GROUP, WORDS = 16, BYTES = 640;  // two groups, 256 + 64 bytes each
+  using Sum = __m512;
+
+  struct Block {
+    __m512i w[16];
+    __m512 scale[2], middle[2];
+    explicit Block(const uint8_t* p) {
+      const __m512i low = _mm512_set1_epi8(15), upper = _mm512_set1_epi32(static_cast<int>(0xffff0000));
+#pragma GCC unroll 2
+      for (int g = 0; g < 2; g++, p += 320) {
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) {
+          const __m512i halves = _mm512_loadu_si512(p + 64 * i);
+          w[8 * g + 2 * i] = _mm512_and_si512(halves, low);
+          w[8 * g + 2 * i + 1] = _mm512_and_si512(_mm512_srli_epi16(halves, 4), low);
+        }
+        const __m512i factors = _mm512_loadu_si512(p + 256);
+        scale[g] = _mm512_castsi512_ps(_mm512_slli_epi32(factors, 16));
+        middle[g] = _mm512_castsi512_ps(_mm512_and_si512(factors, upper));
+      }
+    }
+  };
+
+  template <class X>
+  static void prepare(const X* x, int64_t R, int64_t K, int64_t blocks, Activations& a) {
+    int32_t* words = a.allocate(blocks * R * WORDS);
+    a.scale.resize(2 * blocks * R), a.sum.resize(2 * blocks * R), a.start.resize(2 * blocks * R);
+    torch::stable::parallel_for(0, R, 8, [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; r++)
+        for (int64_t k = 0; k < blocks * INPUTS; k += GROUP) {
+          const __m512 one = load(x + r * K + k, K - k), two = load(x + r * K + k + 16, K - k - 16);
+          Largest most;
+          most.add(one), most.add(two);
+          const float largest = most.value();
+          const __m512 inverse = _mm512_set1_ps(127.0f / largest);
+          const int64_t at = k / INPUTS * R + r, group = 2 * at + k / GROUP % 2;
+          int8_t* out = reinterpret_cast<int8_t*>(words + at * WORDS) + k % INPUTS;
+          const __m512i both = _mm512_add_epi32(to_bytes(one, inverse, out), to_bytes(two, inverse, out + 16));
+          const int32_t sum = _mm512_reduce_add_epi32(both);
+          a.scale[group] = largest / 127.0f;
+          a.sum[group] = a.scale[group] * static_cast<float>(sum);
+          a.start[group] = -8 * sum;  // the weights' half bytes are 8 too large
+        }
+    });
+  }
+
+  static Sum first(const Activations&, int64_t) { return _mm512_setzero_ps(); }
+
+  template <int ROWS>
+  static inline void multiply(const Block& block, const Activations& a, int64_t at, Sum* sums) {
+    const int32_t *x = a.words + at * WORDS, *start = a.start.data() + 2 * at;
+    const float *scale = a.scale.data() + 2 * at, *sum = a.sum.data() + 2 * at;
+    __m512i products[ROWS][2];
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 2
+      for (int g = 0; g < 2; g++) products[r][g] = _mm512_set1_epi32(start[2 * r + g]);
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++) {
+#pragma GCC unroll 4
+      for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 2
+        for (int g = 0; g < 2; g++) {
+          const __m512i four = _mm512_set1_epi32(x[r * WORDS + 8 * g + i]);
+          products[r][g] = _mm512_dpbusd_epi32(products[r][g], block.w[8 * g + i], four);
+        }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 2
+      for (int g = 0; g < 2; g++) {
+        const __m512 scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(products[r][g]), block.scale[g]);
+        sums[r] = _mm512_fmadd_ps(scaled, _mm512_set1_ps(scale[2 * r + g]), sums[r]);
+        sums[r] = _mm512_fmadd_ps(block.middle[g], _mm512_set1_ps(sum[2 * r + g]), sums[r]);
+      }
+  }
+
+  static __m512 finish(Sum sum, const Activations&, int64_t, const float*) { return sum; }
+};
+
+}  // namespace

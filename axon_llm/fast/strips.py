@@ -1,0 +1,160 @@
+"""Linear layers whose weights lie in strips, for the kernels of ``kernels/linear.cpp``: one layout, three formats.
+
+A strip holds 16 output channels. Each channel's weights are a row of 4-byte words, and the words of the 16 are
+interleaved: first of all 16, second of all 16, and so on. What a word holds is the format's business; laying out and
+reading back are the same for all, and this file does both in PyTorch, so that a machine without the kernels can read
+what one with them wrote.
+
+bf16 weights go with activations as they are. int8 and int4 weights go with activations rounded to int8, by row and by
+row and group: one small error more, for products that are several times as fast. One row's result does not depend on
+the rows computed with it, to the last bit.
+
+Legend: R rows · K input channels · N output channels · W words of a channel · G groups of 32 input channels
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from axon_llm.fast import ops
+from axon_llm.fast.linear import FastLinear
+from axon_llm.fast.quantise import GROUP
+
+LANES = 16  # output channels of a strip
+BLOCK = {"bf16": 16, "int8": 16, "int4": 10}  # words that the kernels take at a time; W is a multiple
+
+
+def lay(words: Tensor, block: int) -> Tensor:
+    """Rows of words ``[N, W]`` int32 → strips ``[⌈N / 16⌉, W, 16]``, both sizes filled up with zeros."""
+    padding = -words.shape[1] % block, -words.shape[0] % LANES
+    if any(padding):
+        words = F.pad(words, (0, padding[0], 0, padding[1]))
+    return words.view(-1, LANES, words.shape[1]).transpose(1, 2).contiguous()
+
+
+def rows(strips: Tensor) -> Tensor:
+    """Strips → rows of words, with what they were filled up with."""
+    return strips.transpose(1, 2).reshape(-1, strips.shape[1])
+
+
+def lay_bf16(weight: Tensor) -> Tensor:
+    """``[N, K]`` bfloat16 → strips."""
+    return lay(F.pad(weight, (0, weight.shape[1] % 2)).contiguous().view(torch.int32), BLOCK["bf16"])
+
+
+def lay_int8(q: Tensor) -> Tensor:
+    """``[N, K]`` int8 → strips of bytes around 128, the unsigned side of the processor's dot product."""
+    unsigned = F.pad(q, (0, -q.shape[1] % 4)).contiguous().view(torch.uint8) ^ 128
+    return lay(unsigned.view(torch.int32), BLOCK["int8"])
+
+
+def lay_int4(q: Tensor, scale: Tensor, middle: Tensor) -> Tensor:
+    """``q`` ``[N, K]`` uint8, 0 … 15, ``scale`` and ``middle`` ``[N, G]`` → strips; a fifth word per group for both."""
+    halves = q.view(*scale.shape, 4, 2, 4)  # [N, G, word, low or high, byte]
+    values = (halves[..., 0, :] | (halves[..., 1, :] << 4)).contiguous().view(torch.int32)  # [N, G, 4, 1]
+    factors = torch.stack((scale.bfloat16(), middle.bfloat16()), dim=-1).view(torch.int32)  # [N, G, 1]
+    return lay(torch.cat((values[..., 0], factors), dim=-1).flatten(1), BLOCK["int4"])
+
+
+def read_int8(strips: Tensor, n: int, k: int) -> Tensor:
+    """What :func:`lay_int8` was given."""
+    return (rows(strips)[:n].contiguous().view(torch.uint8) ^ 128).view(torch.int8)[:, :k].contiguous()
+
+
+def read_int4(strips: Tensor, n: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What :func:`lay_int4` was given."""
+    groups = rows(strips)[:n, : 5 * (k // GROUP)].unflatten(1, (-1, 5))  # [N, G, 5]
+    values = groups[..., :4].contiguous().view(torch.uint8).unflatten(-1, (4, 1, 4))  # [N, G, word, 1, byte]
+    q = torch.cat((values & 15, values >> 4), dim=-2).reshape(n, k)
+    scale, middle = groups[..., 4:].contiguous().view(torch.bfloat16).unbind(-1)  # [N, G] each
+    return q, scale.contiguous(), middle.contiguous()
+
+
+class StripLinear(FastLinear):
+    """A linear layer on the CPU with weights in strips; subclasses know the format.
+
+    Args:
+        strips: as ``lay_…`` returns.
+        in_features: K.
+        out_features: N.
+        bias: ``[N]`` or ``None``.
+    """
+
+    strips: Tensor
+
+    def __init__(self, strips: Tensor, in_features: int, out_features: int, bias: Tensor | None = None) -> None:
+        super().__init__(in_features, out_features)
+        self.register_buffer("strips", strips)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` ``[…, K]`` → ``[…, N]`` in x's dtype."""
+        y = self.multiply(x)
+        return y if self.bias is None else y + self.bias
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """The product without the bias."""
+        raise NotImplementedError
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of weights and scales."""
+        return self.strips.nbytes
+
+
+class Bf16Strips(StripLinear):
+    """bfloat16 weights and activations."""
+
+    kind = "bf16-strips"
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        """From ``weight`` ``[N, K]`` bfloat16, which is not needed afterwards."""
+        super().__init__(lay_bf16(weight.detach()), weight.shape[1], weight.shape[0], bias)
+        self.wide = ops.wide_products()
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """In pairs, or in float32 where that is faster."""
+        y: Tensor = torch.ops.axon.bf16_strips(x, self.strips, self.out_features, self.wide)
+        return y
+
+
+class Int8Strips(StripLinear):
+    """int8 weights with a scale per output channel; activations rounded to int8 with a scale per row.
+
+    Args:
+        strips: as :func:`lay_int8` returns.
+        scale: ``[N]`` float32.
+        in_features: K.
+        bias: ``[N]`` or ``None``.
+    """
+
+    kind = "int8-strips"
+    scale: Tensor
+
+    def __init__(self, strips: Tensor, scale: Tensor, in_features: int, bias: Tensor | None = None) -> None:
+        super().__init__(strips, in_features, scale.shape[0], bias)
+        # As long as whole strips are: the kernel reads 16 at a time.
+        self.register_buffer("scale", F.pad(scale, (0, -scale.shape[0] % LANES)).contiguous())
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """In integers, scaled at the end."""
+        y: Tensor = torch.ops.axon.int8_strips(x, self.strips, self.scale, self.out_features)
+        return y
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of int8 values and their scales."""
+        return self.strips.nbytes + self.scale.nbytes
+
+
+class Int4Strips(StripLinear):
+    """int4 weights in groups of 32; activations rounded to int8 with a scale per row and group."""
+
+    kind = "int4-strips"
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """In integers by groups, whose sums are scaled and added in float32."""
+        y: Tensor = torch.ops.axon.int4_strips(x, self.strips, self.out_features)
+        return y

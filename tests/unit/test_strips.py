@@ -1,0 +1,291 @@
+"""Our own CPU kernels against plain PyTorch, and what a neighbour may not change."""
+
+import copy
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_fast import CONFIG, QWEN, prefill_and_decode, random_model
+
+from axon_llm.fast import accelerate, describe, native, ops
+from axon_llm.fast.attention import attend_in_strips
+from axon_llm.fast.plan import Plan, attention_kernel, choose
+from axon_llm.fast.quantise import dequantise_int4, dequantise_int8, quantise_int4, quantise_int8
+from axon_llm.fast.strips import (
+    Bf16Strips,
+    Int4Strips,
+    Int8Strips,
+    StripLinear,
+    lay_bf16,
+    lay_int4,
+    lay_int8,
+    read_int4,
+    read_int8,
+)
+from axon_llm.layers.attention import attend
+
+MISSING = sorted(set(native.NEEDED) - native.processor_flags())
+kernels = pytest.mark.skipif(bool(MISSING), reason=f"this processor has no {', '.join(MISSING)}")
+FORMATS = ["bf16", "bf16-wide", "int8", "int4"]
+# What rounding the activations costs: half a step of 1/127 of the row's, or the group's, largest.
+CLOSE = {"bf16": 0.004, "bf16-wide": 0.004, "int8": 0.02, "int4": 0.01}
+
+
+def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((actual.float() - expected.float()).norm() / expected.float().norm())
+
+
+def linear_and_weight(kind: str, n: int, k: int, monkeypatch: pytest.MonkeyPatch) -> tuple[StripLinear, torch.Tensor]:
+    """A linear layer in strips, and the weights it stands for."""
+    assert native.load()
+    w = (numbers(n, k) * 0.1).bfloat16()
+    if kind == "int8":
+        q, scale = quantise_int8(w)
+        return Int8Strips(lay_int8(q), scale, k), dequantise_int8(q, scale)
+    if kind == "int4":
+        values = quantise_int4(w)
+        return Int4Strips(lay_int4(*values), k, n), dequantise_int4(*values)
+    monkeypatch.setattr(ops, "wide_products", lambda: kind == "bf16-wide")
+    return Bf16Strips(w), w.float()
+
+
+def test_what_was_laid_in_strips_can_be_read_back() -> None:
+    w = numbers(50, 96)
+    assert torch.equal(read_int8(lay_int8(quantise_int8(w)[0]), 50, 96), quantise_int8(w)[0])
+    values = quantise_int4(w)
+    for back, given in zip(read_int4(lay_int4(*values), 50, 96), values, strict=True):
+        assert torch.equal(back, given)
+
+
+def test_a_strip_holds_the_same_word_of_sixteen_channels_side_by_side() -> None:
+    w = torch.arange(32 * 64, dtype=torch.float32).view(32, 64).bfloat16()
+    strips = lay_bf16(w)
+    assert strips.shape == (2, 32, 16)
+    assert torch.equal(strips[1, 3, 5:6].view(torch.bfloat16), w[16 + 5, 6:8])
+
+
+@kernels
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("rows", [1, 2, 4, 7, 64, 131])
+@pytest.mark.parametrize(("n", "k"), [(64, 128), (96, 1056), (40, 32), (17, 96)])
+def test_the_kernels_compute_the_product(kind: str, rows: int, n: int, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    linear, weight = linear_and_weight(kind, n, k, monkeypatch)
+    x = numbers(rows, k, seed=1).bfloat16()
+    exact = x.float() @ weight.T
+    assert linear(x).shape == exact.shape
+    assert relative(linear(x), exact) < CLOSE[kind]
+
+
+@kernels
+@pytest.mark.parametrize("k", [1, 2, 31, 33, 63, 100])
+def test_sizes_that_fill_no_block_are_multiplied_right(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for kind in ("bf16", "bf16-wide", "int8"):
+        linear, weight = linear_and_weight(kind, 33, k, monkeypatch)
+        x = numbers(5, k, seed=1).bfloat16()
+        assert relative(linear(x), x.float() @ weight.T) < CLOSE[kind]
+
+
+@kernels
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_float32_activations_stay_float32(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    linear, weight = linear_and_weight(kind, 48, 128, monkeypatch)
+    x = numbers(3, 2, 128, seed=1)
+    y = linear(x)
+    assert y.dtype == torch.float32
+    assert relative(y, x @ weight.T) < CLOSE[kind]
+
+
+@kernels
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_row_is_the_same_to_the_last_bit_whatever_its_batch_mates_are(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    linear, _ = linear_and_weight(kind, 96, 256, monkeypatch)
+    x = numbers(100, 256, seed=3).bfloat16()
+    alone = linear(x[:1])
+    for others in (x[1:], x[1:4] * 1000, x[1:3], x[1:8] * 0):
+        for place in (0, len(others)):
+            batch = torch.cat((others[:place], x[:1], others[place:]))
+            assert torch.equal(linear(batch)[place : place + 1], alone)
+
+
+@kernels
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_what_is_not_a_number_is_not_rounded_to_one(kind: str, broken: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    linear, _ = linear_and_weight(kind, 32, 128, monkeypatch)
+    x = numbers(5, 128).bfloat16()
+    clean = linear(x)
+    x[2, 17] = broken
+    y = linear(x)
+    assert not y[2].isfinite().any()
+    assert torch.equal(y[[0, 1, 3, 4]], clean[[0, 1, 3, 4]])
+
+
+@kernels
+def test_a_bias_is_added() -> None:
+    assert native.load()
+    w, bias = numbers(32, 64).bfloat16(), numbers(32, seed=2).bfloat16()
+    x = numbers(4, 64, seed=1).bfloat16()
+    torch.testing.assert_close(Bf16Strips(w, bias)(x), Bf16Strips(w)(x) + bias)
+
+
+@kernels
+@pytest.mark.parametrize("wide", [False, True], ids=["pairs", "wide"])
+@pytest.mark.parametrize(
+    ("B", "Hq", "Hkv", "T", "S", "D"),
+    [
+        (1, 4, 2, 1, 9, 8),  # less than a piece
+        (3, 6, 2, 5, 40, 8),
+        (2, 8, 8, 16, 16, 64),  # a KV head for each query head
+        (2, 8, 1, 100, 200, 64),  # one KV head for all
+        (4, 9, 3, 1, 333, 64),
+        (1, 2, 2, 70, 140, 33),  # an odd head size
+        (1, 4, 2, 3, 65, 128),
+    ],
+)
+@pytest.mark.parametrize("window", [None, 7, 64])
+def test_attention_is_the_readable_attention(
+    B: int, Hq: int, Hkv: int, T: int, S: int, D: int, window: int | None, wide: bool
+) -> None:
+    assert native.load()
+    q = numbers(B, Hq, T, D).bfloat16()
+    k, v = (numbers(B, Hkv, S + 7, D, seed=seed).bfloat16()[:, :, :S] for seed in (1, 2))  # as in a cache's view
+    ends = torch.randint(T - 1, S, (B,), generator=torch.Generator().manual_seed(3))  # each slot is elsewhere
+    positions = ends[:, None] - T + 1 + torch.arange(T)  # [B, T]
+    distance = positions[:, None, :, None] - torch.arange(S)
+    mask = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+    exact = attend(q.float(), k.float(), v.float(), mask)
+    assert relative(attend_in_strips(wide)(q, k, v, mask), exact) < 0.005
+
+
+@kernels
+def test_attention_does_not_depend_on_what_the_mask_hides() -> None:
+    assert native.load()
+    q, k, v = (numbers(1, 4, T, 64, seed=T).bfloat16() for T in (2, 300, 301))
+    v = v[:, :, :300]
+    mask = (torch.arange(300) < 130).expand(1, 1, 2, 300)
+    expected = attend_in_strips(False)(q, k, v, mask)
+    k[:, :, 130:], v[:, :, 130:] = 1e4, -1e4
+    assert torch.equal(attend_in_strips(False)(q, k, v, mask), expected)
+
+
+@kernels
+def test_large_scores_do_not_overflow() -> None:
+    assert native.load()
+    q, k, v = (numbers(1, 2, T, 64, seed=T).bfloat16() for T in (1, 200, 201))
+    v, mask = v[:, :, :200], torch.ones(1, 1, 1, 200, dtype=torch.bool)
+    exact = attend(q.float() * 1000, k.float(), v.float(), mask)
+    assert relative(attend_in_strips(False)(q * 1000, k, v, mask), exact) < 0.01
+
+
+@kernels
+@pytest.mark.parametrize("config", [CONFIG, QWEN], ids=["llama", "biases-and-qk-norm"])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_model_in_strips_is_as_close_to_float32_as_the_readable_one(config: object, rows: int) -> None:
+    model = random_model(config, torch.bfloat16)  # type: ignore[arg-type]
+    exact = prefill_and_decode(copy.deepcopy(model).float(), torch.float32, rows)
+    readable = (prefill_and_decode(model, torch.bfloat16, rows) - exact).norm()
+    fast = accelerate(copy.deepcopy(model), plan=Plan("bf16-strips", True, "", "", 16))
+    assert describe(fast)["kernels"] == {"bf16-strips": 4 * CONFIG.num_layers + 1}
+    assert 0 < (prefill_and_decode(fast, torch.bfloat16, rows) - exact).norm() < 1.5 * readable
+
+
+@kernels
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch imports its own deprecated parts when it compiles
+def test_a_compiled_step_in_strips_is_one_graph_and_gives_the_same_logits() -> None:
+    from axon_llm.cache import KVCache
+
+    assert native.load()
+    model = accelerate(random_model(CONFIG, torch.bfloat16), plan=Plan("bf16-strips", True, "", "", 16))
+    caches = [KVCache(CONFIG, slots=1, max_seq_len=16, dtype=torch.bfloat16) for _ in range(2)]
+    tokens, positions = torch.tensor([[5]]), torch.tensor([[0]])
+    with torch.inference_mode():
+        expected = model(tokens, positions, caches[0])
+        step = torch.compile(lambda t, p: model(t, p, caches[1]), fullgraph=True)
+        assert relative(step(tokens, positions), expected) < 0.02
+
+
+def test_the_plan_takes_strips_where_there_are_kernels_and_no_matrix_unit_is_better() -> None:
+    def kernel(dtype: str, quantize: str | None, **changes: bool) -> str:
+        given = {"amx": False, "strips": True, **changes}
+        return choose(device="cpu", dtype=dtype, rows=1, quantize=quantize, **given).kernel  # type: ignore[arg-type]
+
+    assert kernel("bfloat16", None) == "bf16-strips"
+    assert kernel("bfloat16", "int8") == kernel("float32", "int8") == "int8-strips"
+    assert kernel("bfloat16", "int4") == kernel("bfloat16", "int4", amx=True) == "int4-strips"
+    assert kernel("bfloat16", None, amx=True) == "plain"
+    assert kernel("bfloat16", "int8", amx=True) == "int8"
+    assert kernel("float32", None) == "packed"
+    assert kernel("float16", "int8") == "int8"
+    assert kernel("bfloat16", None, strips=False) == "packed"
+    assert (
+        "float32"
+        in choose(device="cpu", dtype="bfloat16", rows=1, quantize=None, amx=False, strips=True, wide=True).decode
+    )
+
+
+def test_attention_is_ours_only_in_bfloat16_on_a_cpu_without_a_matrix_unit() -> None:
+    def chosen(**changes: object) -> str:
+        usual = {"device": "cpu", "dtype": "bfloat16", "amx": False, "strips": True}
+        return attention_kernel(**{**usual, **changes})  # type: ignore[arg-type]
+
+    assert chosen() == "strips"
+    for change in ({"amx": True}, {"strips": False}, {"dtype": "float32"}, {"device": "cuda"}):
+        assert chosen(**change) == "fused"
+
+
+def run_builder(cache: Path, **environment: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-m", "axon_llm.fast.native"],
+        env={"PATH": "/usr/bin:/bin", "AXON_KERNEL_CACHE": str(cache), **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@kernels
+@pytest.mark.slow
+def test_kernels_are_compiled_once_and_kept(tmp_path: Path) -> None:
+    first, second = run_builder(tmp_path), run_builder(tmp_path)
+    assert (first.returncode, second.returncode) == (0, 0)
+    assert "compiling kernels" in first.stderr
+    assert second.stderr == ""
+    assert first.stdout == second.stdout
+    assert [path.suffix for path in sorted(tmp_path.iterdir())] == [".lock", ".so"]
+
+
+@kernels
+@pytest.mark.parametrize(
+    ("compiler", "said"), [("/bin/false", "/bin/false failed"), ("/no/such/compiler", "No such file")]
+)
+def test_without_a_working_compiler_it_says_so_and_goes_on(
+    compiler: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("AXON_KERNEL_CACHE", str(tmp_path))
+    monkeypatch.setenv("CXX", compiler)
+    native.load.cache_clear()
+    try:
+        assert not native.load()
+        model = accelerate(random_model(CONFIG, torch.bfloat16), "int8")
+    finally:
+        native.load.cache_clear()
+    assert not any("strips" in kind for kind in describe(model)["kernels"])
+    err = capsys.readouterr().err
+    assert err.count("PyTorch's own kernels are used") == 1
+    assert said in err
+
+
+def test_a_processor_without_the_instructions_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "processor_flags", lambda: frozenset({"avx512f"}))
+    with pytest.raises(native.Unavailable, match="has no avx512bw, avx512vl, avx512dq, avx512_vnni"):
+        native.built()
