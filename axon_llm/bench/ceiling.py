@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from statistics import median
 
 import torch
@@ -20,8 +21,28 @@ _MATRIX = {"cpu": 2048, "cuda": 8192}
 _AT_ONCE = 10  # on a GPU: the time of a launch would count in one alone
 
 
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the machine could do at one moment.
+
+    Attributes:
+        bytes_per_s: between memory and processor.
+        flops_per_s: operations of a large matrix product.
+    """
+
+    bytes_per_s: float
+    flops_per_s: float
+
+    def between(self, other: Limits) -> Limits:
+        """The mean of two moments."""
+        return Limits((self.bytes_per_s + other.bytes_per_s) / 2, (self.flops_per_s + other.flops_per_s) / 2)
+
+
 class Ceilings:
-    """Probes that are run again and again between measurements; the medians count.
+    """Probes that are run again and again between measurements.
+
+    On a shared machine the memory can be twice as fast in one minute as in the next, so each measurement is held
+    against the probes right before and right after it.
 
     Memory is read on a CPU. On a GPU it is copied, as its makers measure it, and each byte counts twice.
 
@@ -43,15 +64,17 @@ class Ceilings:
         self.bandwidth = "copy bandwidth" if copies else "read bandwidth"
         self._data = torch.ones(_READ_BYTES[device.type] // 4, device=device)
         self._copy = torch.empty_like(self._data) if copies else None
+        self._bytes = self._data.nbytes * (2 if copies else 1)
         self._size = _MATRIX[device.type]
         self._multiply = self._product(device, dtype, int8)
         self._read: list[float] = []
         self._matmul: list[float] = []
 
-    def probe(self) -> None:
+    def probe(self) -> Limits:
         """Measure each once."""
-        self._read.append(self._quickest(self._touch))
-        self._matmul.append(self._quickest(self._multiply))
+        self._read.append(self._bytes / self._quickest(self._touch))
+        self._matmul.append(2 * self._size**3 / self._quickest(self._multiply))
+        return Limits(self._read[-1], self._matmul[-1])
 
     def _product(self, device: torch.device, dtype: torch.dtype, int8: bool) -> Callable[[], object]:
         size = self._size
@@ -84,13 +107,13 @@ class Ceilings:
 
     @property
     def read_bytes_per_s(self) -> float:
-        """Bytes per second between memory and processor, all threads together."""
-        return self._data.nbytes * (1 if self._copy is None else 2) / median(self._read)
+        """Bytes per second between memory and processor, all threads together: the median of all probes."""
+        return median(self._read)
 
     @property
     def flops_per_s(self) -> float:
-        """Operations per second of a large matrix product."""
-        return 2 * self._size**3 / median(self._matmul)
+        """Operations per second of a large matrix product: the median of all probes."""
+        return median(self._matmul)
 
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:

@@ -15,7 +15,7 @@ from statistics import mean, median, stdev
 
 import torch
 
-from axon_llm.bench.ceiling import Ceilings, seconds
+from axon_llm.bench.ceiling import Ceilings, Limits, seconds
 from axon_llm.config import ModelConfig
 from axon_llm.engine.runner import Runner
 from axon_llm.fast.int8 import Int8Linear
@@ -55,12 +55,23 @@ class Row:
             prefill.
         flops: multiplications and additions of the whole prefill; 0 for decode.
         seconds: of each repetition.
+        limits: what the machine could do around each repetition.
     """
 
     case: Case
     bytes_per_step: float
     flops: float
     seconds: list[float] = field(default_factory=list)
+    limits: list[Limits] = field(default_factory=list)
+
+    @property
+    def shares(self) -> list[float]:
+        """Share of the limit that each repetition reached: of bandwidth for decode, of products for prefill."""
+        if self.case.kind == "tg":
+            needed = [self.bytes_per_step * self.case.tokens / limit.bytes_per_s for limit in self.limits]
+        else:
+            needed = [self.flops / limit.flops_per_s for limit in self.limits]
+        return [least / taken for least, taken in zip(needed, self.seconds, strict=True)]
 
     @property
     def rates(self) -> list[float]:
@@ -70,10 +81,6 @@ class Row:
     def report(self, ceilings: Ceilings) -> dict[str, object]:
         """The row as an element of ``axon bench --json``."""
         typical = median(self.seconds)
-        if self.case.kind == "tg":
-            share = self.bytes_per_step * self.case.tokens / typical / ceilings.read_bytes_per_s
-        else:
-            share = self.flops / typical / ceilings.flops_per_s
         return {
             "test": self.case.name,
             "kind": self.case.kind,
@@ -87,7 +94,7 @@ class Row:
             "ms_per_step": 1e3 * typical / (self.case.tokens if self.case.kind == "tg" else 1),
             "bytes_per_token": self.bytes_per_step / self.case.batch if self.case.kind == "tg" else None,
             "ceiling": ceilings.bandwidth if self.case.kind == "tg" else "matrix product",
-            "share_of_ceiling": share,
+            "share_of_ceiling": median(self.shares),
         }
 
 
@@ -139,14 +146,15 @@ def measure(
         for case in cases
     ]
     for repetition in range(repetitions + 1):
-        ceilings.probe()
         for row in rows:
             if progress is not None:
                 progress(f"{row.case.name} × {row.case.batch} ({'warm-up' if repetition == 0 else repetition})")
             work = _prefill if row.case.kind == "pp" else _decode
+            before = ceilings.probe()
             taken = seconds(lambda: work(runner, row.case), runner.device)  # noqa: B023 - called at once
             if repetition:
                 row.seconds.append(taken)
+                row.limits.append(before.between(ceilings.probe()))
             if after is not None:
                 after(row.case)
     return rows, ceilings, runner

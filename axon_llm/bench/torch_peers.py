@@ -7,6 +7,7 @@ decode of one sequence.
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -103,6 +104,8 @@ class TransformersStatic(DecodePeer):
             fresh: Any = LlamaForCausalLM(theirs)
         self._model = fresh.to(dtype).eval()
         self._cache = StaticCache(config=theirs, max_cache_len=self.length)
+        known = inspect.signature(self._model.forward).parameters
+        self._cache_name = "cache" if "cache" in known else "past_key_values"  # its name before transformers 5.24
         mode = "reduce-overhead" if device.type == "cuda" else "default"
         self._forward: Callable[..., Any] = self._model.forward
         if compile:
@@ -121,7 +124,7 @@ class TransformersStatic(DecodePeer):
 
     def _run(self, forward: Callable[..., Any], tokens: Tensor, positions: Tensor) -> Tensor:
         found: Tensor = forward(
-            input_ids=tokens, position_ids=positions[None], past_key_values=self._cache, use_cache=True,
+            input_ids=tokens, position_ids=positions[None], use_cache=True, **{self._cache_name: self._cache},
             logits_to_keep=1,
         ).logits  # fmt: skip
         return found

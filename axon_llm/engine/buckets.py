@@ -55,7 +55,9 @@ class Buckets:
     chunks: Sizes
 
     @classmethod
-    def choose(cls, *, slots: int, max_seq_len: int, prefill_chunk: int, static: bool) -> Buckets:
+    def choose(
+        cls, *, slots: int, max_seq_len: int, prefill_chunk: int, static: bool, tail_is_free: bool = False
+    ) -> Buckets:
         """Sizes for a cache of ``slots`` × ``max_seq_len``.
 
         Args:
@@ -63,10 +65,12 @@ class Buckets:
             max_seq_len: positions of a slot.
             prefill_chunk: the largest prefill chunk in tokens.
             static: every decode shape costs a compilation (few, doubling), or none does (many, close together).
+            tail_is_free: attention does not read what its mask hides, so a shorter view would save nothing: where
+                shapes cost something, one length is enough.
         """
         lengths: Iterable[int] = range(EAGER_LENGTH_STEP, max_seq_len, EAGER_LENGTH_STEP)
         if static:
-            lengths = doubling(SMALLEST_LENGTH, max_seq_len)
+            lengths = () if tail_is_free else doubling(SMALLEST_LENGTH, max_seq_len)
         chunk = min(prefill_chunk, max_seq_len)
         # Two sizes per doubling: at most a third of a padded chunk is padding.
         chunks = [size for low in doubling(16, chunk) for size in (low, low + low // 2)]

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from axon_llm.cache import KVCache
 from axon_llm.engine.buckets import Buckets
@@ -34,6 +34,11 @@ def chunk_for(device: torch.device) -> int:
         return 512
     large = torch.cuda.get_device_properties(device).multi_processor_count >= LARGE_GPU
     return 2048 if large else 1024
+
+
+def _skips_what_is_hidden(block: nn.Module) -> bool:
+    """A layer's attention, replaced by a fast one, does not read positions of a bfloat16 cache that its mask hides."""
+    return bool(getattr(block.self_attn, "skips_hidden", False))
 
 
 class Runner:
@@ -87,6 +92,7 @@ class Runner:
             max_seq_len=max_seq_len,
             prefill_chunk=prefill_chunk or chunk_for(self.device),
             static=self._static,
+            tail_is_free=self.cache.k.dtype == torch.bfloat16 and all(map(_skips_what_is_hidden, model.layers)),
         )
         self.next_positions: Tensor
 

@@ -30,10 +30,12 @@ class AttentionKernels(NamedTuple):
     Attributes:
         attend: as :func:`axon_llm.layers.attention.attend`.
         rotate: as :func:`axon_llm.layers.rope.rotate`.
+        skips_hidden: positions of a bfloat16 cache that the mask hides are not read.
     """
 
     attend: Attend = attend
     rotate: Rotate = rotate
+    skips_hidden: bool = False
 
 
 def attend_in_strips(wide: bool) -> Attend:
@@ -68,5 +70,5 @@ def fastest_attention(weight: Tensor) -> AttentionKernels:
         strips=weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and native.load(),
     )
     if kernel == "strips":
-        return AttentionKernels(attend_in_strips(ops.wide_products()), rotate_at_once)
+        return AttentionKernels(attend_in_strips(ops.wide_products()), rotate_at_once, skips_hidden=True)
     return AttentionKernels()

@@ -36,7 +36,7 @@ class FusedAttention(nn.Module):
         self.head_dim = attention.head_dim
         self.qkv_proj, self.o_proj = qkv_proj, o_proj
         self.q_norm, self.k_norm = attention.q_norm, attention.k_norm
-        self.attend, self.rotate = kernels or AttentionKernels()
+        self.attend, self.rotate, self.skips_hidden = kernels or AttentionKernels()
         self.plain = isinstance(self.q_norm, nn.Identity)
 
     def forward(

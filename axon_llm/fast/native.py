@@ -78,10 +78,12 @@ def built() -> Path:
             return library
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
             target = Path(folder) / library.name
-            command = [compiler, "-O3", "-std=c++20", "-shared", "-fPIC", *flags, "-o", str(target)]
-            command += [str(path) for path in SOURCES if path.suffix == ".cpp"]
-            command += [f"-I{torch_folder / 'include'}", f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-ltorch"]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            folders = [f"-I{SOURCES[0].parent}", f"-I{torch_folder / 'include'}", f"-L{torch_folder / 'lib'}"]
+            command = [compiler, "-O3", "-std=c++20", "-shared", "-fPIC", *flags, *folders, "-x", "c++", "-"]
+            command += ["-ltorch_cpu", "-ltorch", "-o", str(target)]
+            # All at once: PyTorch's headers take the compiler longer than what is ours.
+            everything = "".join(f'#include "{path.name}"\n' for path in SOURCES if path.suffix == ".cpp")
+            done = subprocess.run(command, input=everything, capture_output=True, text=True, check=False)
             if done.returncode:
                 found = re.search(r"error: (.*)", done.stderr)
                 raise Unavailable(f"{compiler} failed: {found[1] if found else done.stderr.strip()[-200:]}")

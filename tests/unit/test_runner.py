@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import warnings
 from dataclasses import replace
@@ -54,6 +55,26 @@ def test_every_size_that_can_be_asked_for_has_a_bucket_that_fits(
     ):
         for size in range(1, largest + 1):
             assert size <= sizes.at_least(size) <= largest
+
+
+def test_where_the_unused_tail_costs_nothing_every_step_has_one_length() -> None:
+    sizes = {"slots": 4, "max_seq_len": 4096, "prefill_chunk": 512}
+    assert Buckets.choose(**sizes, static=True, tail_is_free=True).lengths.values == (4096,)
+    assert len(Buckets.choose(**sizes, static=True).lengths.values) > 4
+    eager = Buckets.choose(**sizes, static=False)
+    assert Buckets.choose(**sizes, static=False, tail_is_free=True) == eager
+
+
+def test_the_runner_asks_the_attention_whether_the_tail_is_free() -> None:
+    def lengths(free: bool, dtype: torch.dtype) -> int:
+        model = copy.deepcopy(tiny_model())
+        for block in model.layers:
+            block.self_attn.skips_hidden = free  # type: ignore[assignment]
+        runner = Runner(model, slots=1, max_seq_len=512, dtype=dtype, compile=True)
+        return len(runner.buckets.lengths.values)
+
+    assert lengths(True, torch.bfloat16) == 1
+    assert lengths(True, torch.float32) == lengths(False, torch.bfloat16) > 1
 
 
 # ----------------------------------------------------------------------------------------------------------- prefill

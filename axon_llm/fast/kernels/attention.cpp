@@ -97,14 +97,14 @@ inline void lay_values(const uint16_t* v, int64_t stride, int64_t count, int64_t
     }
 }
 
-// Sixteen weights of a row as the format's activations: words `at` and up of block `b`.
-inline void put(const Pairs&, Activations& a, int32_t* words, int64_t R, int64_t r, int64_t s, __m512 p) {
-  auto* to = reinterpret_cast<uint16_t*>(words + (s / Pairs::INPUTS * R + r) * Pairs::WORDS) + s % Pairs::INPUTS;
-  store(to, p, 0xffff);
+// Sixteen weights of row r, for positions s and up of a piece, as words of the format's activations.
+inline void put(const Pairs&, int32_t* words, int64_t R, int64_t r, int64_t s, __m512 p) {
+  int32_t* block = words + (s / Pairs::INPUTS * R + r) * Pairs::WORDS;
+  store(reinterpret_cast<uint16_t*>(block) + s % Pairs::INPUTS, p, 0xffff);
 }
-inline void put(const WidePairs&, Activations& a, int32_t* words, int64_t R, int64_t r, int64_t s, __m512 p) {
-  _mm512_storeu_ps(reinterpret_cast<float*>(words + (s / Pairs::INPUTS * R + r) * WidePairs::WORDS) + s % Pairs::INPUTS,
-                   p);
+inline void put(const WidePairs&, int32_t* words, int64_t R, int64_t r, int64_t s, __m512 p) {
+  int32_t* block = words + (s / Pairs::INPUTS * R + r) * WidePairs::WORDS;
+  _mm512_storeu_ps(reinterpret_cast<float*>(block) + s % Pairs::INPUTS, p);
 }
 
 // sums [strips, R] += the rows of `a` times strips, one after the other. Meanwhile the processor fetches what is needed
@@ -133,19 +133,19 @@ void attend_rows(const Shape& z, const uint16_t* const* queries, int64_t begin, 
                  int64_t k_stride, const uint16_t* v, int64_t v_stride, const uint8_t* mask, uint16_t* const* out) {
   const int64_t R = end - begin, key_blocks = round_up(z.D, Format::INPUTS) / Format::INPUTS;
   const int64_t value_strips = round_up(z.D, 32) / 16;
-  alignas(64) thread_local static std::vector<__m512> memory;
-  // one after the other: keys, values, scores, sums
-  const int64_t key_size = PIECE / 16 * key_blocks * 16, value_size = value_strips * PIECE / 2;
-  memory.resize(key_size + value_size + PIECE / 16 * R + value_strips * R);
-  auto* keys = reinterpret_cast<uint8_t*>(memory.data());
-  auto* values = reinterpret_cast<uint8_t*>(memory.data() + key_size);
-  __m512 *scores = memory.data() + key_size + value_size, *sums = scores + PIECE / 16 * R;
+  // one after the other, in registers' worth: keys, values, scores, sums
+  const int64_t key_size = PIECE * key_blocks, value_size = PIECE / 2 * value_strips, score_size = PIECE / 16 * R;
+  const Memory owned = memory(16 * (key_size + value_size + score_size + value_strips * R));
+  auto* registers = reinterpret_cast<__m512*>(owned.get());
+  auto* keys = reinterpret_cast<uint8_t*>(registers);
+  auto* values = reinterpret_cast<uint8_t*>(registers + key_size);
+  __m512 *scores = registers + key_size + value_size, *sums = scores + score_size;
   std::fill(sums, sums + value_strips * R, _mm512_setzero_ps());
 
   Activations a, weights;
   std::vector<uint16_t> rows(R * z.D);
   for (int64_t r = 0; r < R; r++) std::memcpy(rows.data() + r * z.D, queries[begin + r], z.D * 2);
-  Format::prepare(rows.data(), R, z.D, key_blocks, a, false);
+  Format::prepare(rows.data(), R, z.D, key_blocks, a);
   constexpr int64_t blocks = PIECE / Format::INPUTS;
   int32_t* words = weights.allocate(blocks * R * Format::WORDS);
 
@@ -165,14 +165,14 @@ void attend_rows(const Shape& z, const uint16_t* const* queries, int64_t begin, 
     if (any == 0) continue;
     lay_keys(k + s * k_stride, k_stride, count, z.D, keys);
     lay_values(v + s * v_stride, v_stride, count, z.D, values);
-    std::fill(scores, scores + PIECE / 16 * R, _mm512_setzero_ps());
+    std::fill(scores, scores + score_size, _mm512_setzero_ps());
     add_product<Format>(a, R, key_blocks, PIECE / 16, keys, scores, k + (s + PIECE) * k_stride);
     for (int64_t r = 0; r < R; r++) {
       const uint8_t* row_mask = mask + (begin + r) / z.G * z.S + s;
       const __m512i bytes = _mm512_maskz_loadu_epi8(count == 64 ? ~0ull : (1ull << count) - 1, row_mask);
       const uint64_t seen = _mm512_test_epi8_mask(bytes, bytes);
       if (seen == 0 && total[r] == 0.0f) {  // nothing yet: no largest score to compare with
-        for (int64_t i = 0; i < PIECE; i += 16) put(Format(), weights, words, R, r, i, _mm512_setzero_ps());
+        for (int64_t i = 0; i < PIECE; i += 16) put(Format(), words, R, r, i, _mm512_setzero_ps());
         continue;
       }
       __m512 x[4], largest = nothing;
@@ -189,7 +189,7 @@ void attend_rows(const Shape& z, const uint16_t* const* queries, int64_t begin, 
         const __mmask16 here = static_cast<__mmask16>(seen >> (16 * i));
         const __m512 p = _mm512_maskz_mov_ps(here, exponential(_mm512_sub_ps(x[i], _mm512_set1_ps(now))));
         sum = _mm512_add_ps(sum, p);
-        put(Format(), weights, words, R, r, 16 * i, p);
+        put(Format(), words, R, r, 16 * i, p);
       }
       most[r] = now;
       total[r] = total[r] * shrink + _mm512_reduce_add_ps(sum);
@@ -209,15 +209,15 @@ void attend_rows(const Shape& z, const uint16_t* const* queries, int64_t begin, 
 template <class Format>
 Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& mask) {
   const Shape z{q.size(0), q.size(1), k.size(1), q.size(1) / k.size(1), q.size(2), k.size(2), q.size(3)};
-  Tensor y = torch::stable::new_empty(q, {z.B, z.Hq, z.T, z.D});
-  const Tensor seen = torch::stable::contiguous(mask);  // [B or 1, 1, T, S]
+  Tensor y = blank({z.B, z.Hq, z.T, z.D}, q);
+  const Tensor seen = in_order(mask);  // [B or 1, 1, T, S]
   const auto* query = static_cast<const uint16_t*>(q.const_data_ptr());
   const auto* key = static_cast<const uint16_t*>(k.const_data_ptr());
   const auto* value = static_cast<const uint16_t*>(v.const_data_ptr());
   const auto* masks = static_cast<const uint8_t*>(seen.const_data_ptr());
   auto* result = static_cast<uint16_t*>(y.mutable_data_ptr());
   const int64_t all = z.T * z.G, tasks = round_up(all, ROWS) / ROWS;
-  torch::stable::parallel_for(0, z.B * z.Hkv * tasks, 1, [&](int64_t from, int64_t to) {
+  share(z.B * z.Hkv * tasks, 1, [&](int64_t from, int64_t to) {
     std::vector<const uint16_t*> queries(all);
     std::vector<uint16_t*> out(all);
     for (int64_t task = from; task < to; task++) {

@@ -6,13 +6,16 @@
 
 namespace {
 
+constexpr int64_t PIECES = 16;  // that threads share a weight in
+
 // y [R, N] = x [R, K] times the weights of all strips; threads share the strips.
 template <class Format, class X>
 void multiply(const X* x, const uint8_t* strips, const float* scales, X* y, int64_t R, int64_t K, int64_t N) {
   const int64_t blocks = (K + Format::INPUTS - 1) / Format::INPUTS;
   Activations a;
   Format::prepare(x, R, K, blocks, a);
-  torch::stable::parallel_for(0, (N + LANES - 1) / LANES, 1, [&](int64_t begin, int64_t end) {
+  const int64_t count = (N + LANES - 1) / LANES;
+  share(count, std::max<int64_t>(1, count / PIECES), [&](int64_t begin, int64_t end) {
     alignas(64) typename Format::Sum sums[TOGETHER];
     for (int64_t strip = begin; strip < end; strip++)
       for (int64_t from = 0; from < R; from += TOGETHER) {
@@ -45,8 +48,8 @@ Tensor product(const Tensor& x, const Tensor& strips, const float* scales, int64
   for (int64_t d = 0; d < x.dim(); d++) shape.push_back(x.size(d));
   const int64_t K = shape.back(), R = x.numel() / K;
   shape.back() = N;
-  const Tensor rows = torch::stable::contiguous(x);
-  Tensor y = torch::stable::new_empty(x, shape);
+  const Tensor rows = in_order(x);
+  Tensor y = blank(shape, x);
   const auto* weights = static_cast<const uint8_t*>(strips.const_data_ptr());
   const void* from = rows.const_data_ptr();
   void* to = y.mutable_data_ptr();

@@ -12,10 +12,10 @@ namespace {
 // x [B, T, H, D], turned by cosines and sines [B, 1, T, D]; bfloat16.
 Tensor rotate(const Tensor& x, const Tensor& cos, const Tensor& sin) {
   const int64_t T = x.size(1), H = x.size(2), D = x.size(3), half = D / 2;
-  Tensor y = torch::stable::new_empty(x, {x.size(0), T, H, D});
+  Tensor y = blank({x.size(0), T, H, D}, x);
   const auto* in = static_cast<const uint16_t*>(x.const_data_ptr());
   auto* out = static_cast<uint16_t*>(y.mutable_data_ptr());
-  const Tensor cosines = torch::stable::contiguous(cos), sines = torch::stable::contiguous(sin);
+  const Tensor cosines = in_order(cos), sines = in_order(sin);
   const auto* c = static_cast<const uint16_t*>(cosines.const_data_ptr());
   const auto* s = static_cast<const uint16_t*>(sines.const_data_ptr());
   torch::stable::parallel_for(0, x.size(0) * T, 16, [&](int64_t begin, int64_t end) {

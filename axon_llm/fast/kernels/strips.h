@@ -30,6 +30,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -47,20 +48,52 @@ constexpr int64_t GROUP = 32;     // input channels that share a scale in int4
 constexpr int64_t AHEAD = 12288;  // bytes
 constexpr int64_t AHEAD_ROWS = 4;
 
+// Words of memory whose beginning a register can be read from at once.
+using Memory = std::unique_ptr<int32_t[], decltype(&std::free)>;
+inline Memory memory(int64_t words) {
+  return {static_cast<int32_t*>(std::aligned_alloc(64, (words * 4 + 63) / 64 * 64)), &std::free};
+}
+
 // Rows of activations as the blocks want them: the words of all rows for the first block, then for the second.
 struct Activations {
-  std::unique_ptr<int32_t[], decltype(&std::free)> owned{nullptr, &std::free};
+  Memory owned{nullptr, &std::free};
   const int32_t* words = nullptr;  // [blocks, R, words of a block]
   std::vector<float> scale;        // int8: [R]; int4: [blocks, R, 2]
   std::vector<float> sum;          // int4: [blocks, R, 2], of a group's rounded activations
   std::vector<int32_t> start;      // what the integer sums begin with, as long as scale
 
   int32_t* allocate(int64_t count) {
-    owned.reset(static_cast<int32_t*>(std::aligned_alloc(64, (count * 4 + 63) / 64 * 64)));
+    owned = memory(count);
     words = owned.get();
     return owned.get();
   }
 };
+
+// Calls work(begin, end) for pieces of 0 … count, on all threads. A thread that is done takes the next piece: on a
+// shared machine one may be held up, and with fixed halves everybody would wait for it.
+template <class Work>
+void share(int64_t count, int64_t piece, const Work& work) {
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, torch::stable::get_num_threads(), 1, [&](int64_t, int64_t) {
+    for (int64_t begin; (begin = next.fetch_add(piece, std::memory_order_relaxed)) < count;)
+      work(begin, std::min(begin + piece, count));
+  });
+}
+
+// A tensor without values, of a type and place like another's. PyTorch's own `new_empty` is looked up by name at every
+// call, which takes longer than a small product.
+inline Tensor blank(const std::vector<int64_t>& sizes, const Tensor& like) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t d = sizes.size(); d-- > 1;) strides[d - 1] = strides[d] * sizes[d];
+  int32_t dtype;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  AtenTensorHandle made;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                                                  dtype, aoti_torch_device_type_cpu(), 0, &made));
+  return Tensor(made);
+}
+
+inline Tensor in_order(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
 
 // Sixteen activations, zeros from the `left`-th on, as float32.
 inline __m512 load(const float* x, int64_t left) {
@@ -120,13 +153,13 @@ struct Pairs {
     }
   };
 
-  static void prepare(const uint16_t* x, int64_t R, int64_t K, int64_t blocks, Activations& a, bool together = true) {
+  static void prepare(const uint16_t* x, int64_t R, int64_t K, int64_t blocks, Activations& a) {
     if (R == 1 && K % INPUTS == 0) {
       a.words = reinterpret_cast<const int32_t*>(x);
       return;
     }
     int32_t* words = a.allocate(blocks * R * WORDS);
-    torch::stable::parallel_for(0, R, together ? 16 : R, [&](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, R, 16, [&](int64_t begin, int64_t end) {
       for (int64_t b = 0; b < blocks; b++) {
         const int64_t left = K - b * INPUTS;
         const __mmask32 here = left >= 32 ? ~0u : (1u << left) - 1;
@@ -142,9 +175,9 @@ struct Pairs {
   template <int ROWS>
   static inline void multiply(const Block& block, const Activations& a, int64_t at, Sum* sums) {
     const int32_t* x = a.words + at * WORDS;
-    __m512 even[ROWS], odd[ROWS];  // two sums at a time: neither waits for the other
+    __m512 even[ROWS], odd[ROWS];  // two sums, begun anew: neither waits for the other, nor for the block before
 #pragma GCC unroll 4
-    for (int r = 0; r < ROWS; r++) even[r] = sums[r], odd[r] = _mm512_setzero_ps();
+    for (int r = 0; r < ROWS; r++) even[r] = odd[r] = _mm512_setzero_ps();
 #pragma GCC unroll 8
     for (int i = 0; i < 16; i += 2) {
 #pragma GCC unroll 4
@@ -155,7 +188,7 @@ struct Pairs {
       }
     }
 #pragma GCC unroll 4
-    for (int r = 0; r < ROWS; r++) sums[r] = _mm512_add_ps(even[r], odd[r]);
+    for (int r = 0; r < ROWS; r++) sums[r] = _mm512_add_ps(sums[r], _mm512_add_ps(even[r], odd[r]));
   }
 #endif
 
@@ -166,9 +199,9 @@ struct Pairs {
 struct WidePairs : Pairs {
   static constexpr int64_t WORDS = 32;
 
-  static void prepare(const uint16_t* x, int64_t R, int64_t K, int64_t blocks, Activations& a, bool together = true) {
+  static void prepare(const uint16_t* x, int64_t R, int64_t K, int64_t blocks, Activations& a) {
     float* words = reinterpret_cast<float*>(a.allocate(blocks * R * WORDS));
-    torch::stable::parallel_for(0, R, together ? 16 : R, [&](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, R, 16, [&](int64_t begin, int64_t end) {
       for (int64_t b = 0; b < blocks; b++)
         for (int64_t r = begin; r < end; r++)
           for (int64_t k = 0; k < INPUTS; k += 16) {
@@ -184,7 +217,7 @@ struct WidePairs : Pairs {
     const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000));
     __m512 even[ROWS], odd[ROWS];
 #pragma GCC unroll 4
-    for (int r = 0; r < ROWS; r++) even[r] = sums[r], odd[r] = _mm512_setzero_ps();
+    for (int r = 0; r < ROWS; r++) even[r] = odd[r] = _mm512_setzero_ps();
 #pragma GCC unroll 16
     for (int i = 0; i < 16; i++) {
       const __m512 one = _mm512_castsi512_ps(_mm512_slli_epi32(block.w[i], 16));
@@ -196,7 +229,7 @@ struct WidePairs : Pairs {
       }
     }
 #pragma GCC unroll 4
-    for (int r = 0; r < ROWS; r++) sums[r] = _mm512_add_ps(even[r], odd[r]);
+    for (int r = 0; r < ROWS; r++) sums[r] = _mm512_add_ps(sums[r], _mm512_add_ps(even[r], odd[r]));
   }
 };
 
@@ -235,7 +268,7 @@ struct Int8 {
     const int32_t* x = a.words + at * WORDS;
     __m512i even[ROWS], odd[ROWS];
 #pragma GCC unroll 4
-    for (int r = 0; r < ROWS; r++) even[r] = sums[r], odd[r] = _mm512_setzero_si512();
+    for (int r = 0; r < ROWS; r++) even[r] = odd[r] = _mm512_setzero_si512();
 #pragma GCC unroll 8
     for (int i = 0; i < 16; i += 2) {
 #pragma GCC unroll 4
@@ -245,7 +278,7 @@ struct Int8 {
       }
     }
 #pragma GCC unroll 4
-    for (int r = 0; r < ROWS; r++) sums[r] = _mm512_add_epi32(even[r], odd[r]);
+    for (int r = 0; r < ROWS; r++) sums[r] = _mm512_add_epi32(sums[r], _mm512_add_epi32(even[r], odd[r]));
   }
 
   static __m512 finish(Sum sum, const Activations& a, int64_t r, const float* scale) {
@@ -323,13 +356,16 @@ struct Int4 {
         }
     }
 #pragma GCC unroll 4
-    for (int r = 0; r < ROWS; r++)
+    for (int r = 0; r < ROWS; r++) {
+      __m512 groups[2];
 #pragma GCC unroll 2
       for (int g = 0; g < 2; g++) {
         const __m512 scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(products[r][g]), block.scale[g]);
-        sums[r] = _mm512_fmadd_ps(scaled, _mm512_set1_ps(scale[2 * r + g]), sums[r]);
-        sums[r] = _mm512_fmadd_ps(block.middle[g], _mm512_set1_ps(sum[2 * r + g]), sums[r]);
+        groups[g] = _mm512_mul_ps(block.middle[g], _mm512_set1_ps(sum[2 * r + g]));
+        groups[g] = _mm512_fmadd_ps(scaled, _mm512_set1_ps(scale[2 * r + g]), groups[g]);
       }
+      sums[r] = _mm512_add_ps(sums[r], _mm512_add_ps(groups[0], groups[1]));
+    }
   }
 
   static __m512 finish(Sum sum, const Activations&, int64_t, const float*) { return sum; }
