@@ -29,7 +29,7 @@ PRECISIONS: dict[str, tuple[list[str], str]] = {
     "int8": (["--quantize", "int8"], "llama.cpp:Q8_0"),
     "int4": (["--quantize", "int4"], "llama.cpp:Q4_0"),
 }
-SHAPES = {"Llama-3.2-1B shape": ("random:llama-3.2-1b", 48), "SmolLM2-135M shape": ("random:smollm2-135m", 128)}
+SHAPES = {"Llama-3.2-1B shape": ("random:llama-3.2-1b", 24), "SmolLM2-135M shape": ("random:smollm2-135m", 128)}
 
 
 def main() -> int:
@@ -102,10 +102,10 @@ def main() -> int:
         "",
         f"Measured on {date.today().isoformat()} by `make bench`: {head['hardware']}, torch {head['torch']}, Python "
         f"{head['python']}, commit {head['commit']}. Random weights (never zero), medians of {options.repetitions} "
-        "interleaved repetitions after one warm-up. `pp512` prefills 512 tokens; `tg48 @ d512` decodes 48 tokens with "
+        "interleaved repetitions after one warm-up. `pp512` prefills 512 tokens; `tg24 @ d512` decodes 24 tokens with "
         '512 in the cache. "Of the limit" holds decode against reading weights and cache once at the read bandwidth '
-        "measured in the same run, and prefill against the rate of a large matrix product of the same kind. On a "
-        "shared machine only ratios of one run mean anything.",
+        "measured right before and after, and prefill against the rate of a large matrix product of the same kind. "
+        "On a shared machine only ratios of one run mean anything.",
         "",
         *sections,
     ]

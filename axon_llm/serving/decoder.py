@@ -5,6 +5,7 @@ Imported late, by ``axon worker`` and ``axon serve`` alone: with it comes torch.
 
 from __future__ import annotations
 
+import gc
 import time
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,9 @@ def load_decoder(
         model, tokenizer, slots=slots, max_seq_len=max_seq_len or min(limit, DEFAULT_MAX_SEQ_LEN), compile=compile
     )
     engine.warm_up()
+    # What is loaded stays: looking it all through again would stop every stream for a tenth of a second, now and then.
+    gc.collect()
+    gc.freeze()
 
     def encode(job: Job) -> tuple[int, ...]:
         if job.prompt_tokens is not None:
