@@ -13,6 +13,10 @@ from axon_llm.errors import AxonError, UsageError
 
 from . import options
 
+# Tokens up to which weights are used as they are stored: laying them out for the CPU kernels takes as long as some
+# hundred tokens gain by it, and longer where the system has to find the memory.
+SHORT = 256
+
 
 def command(
     prompt: Annotated[
@@ -51,7 +55,8 @@ def command(
 
     from .loading import cache_length, load, sampling
 
-    loaded, tokenizer = load(model, device=device, dtype=dtype, quantize=quantize)
+    once = max_tokens <= SHORT and not (compile or speculate)
+    loaded, tokenizer = load(model, device=device, dtype=dtype, quantize=quantize, once=once)
     params = sampling(
         tokenizer,
         max_tokens=max_tokens,

@@ -15,16 +15,19 @@ from .render import stderr_console
 
 
 def load(
-    name: str, *, device: str | None, dtype: str | None, quantize: str | None, rows: int = 1
+    name: str, *, device: str | None, dtype: str | None, quantize: str | None, rows: int = 1, once: bool = False
 ) -> tuple[Transformer, Tokenizer]:
-    """Load a model with the fastest parts for ``rows`` sequences; says so on standard error while it takes time."""
+    """Load a model with the fastest parts for ``rows`` sequences; says so on standard error while it takes time.
+
+    ``once``: for one answer only, so that starting soon is worth more than running fastest.
+    """
     with _status(f"loading {name} …"):
         from axon_llm.checkpoint import load as load_checkpoint
         from axon_llm.fast import accelerate
         from axon_llm.fast.threads import fit_threads
 
         model, tokenizer = load_checkpoint(name, device=device, dtype=dtype)
-        model = accelerate(model, quantize, rows=rows)
+        model = accelerate(model, quantize, rows=rows, once=once)
         fit_threads(model)
         return model, tokenizer
 

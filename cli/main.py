@@ -16,7 +16,6 @@ from typing import Any
 
 from axon_llm import __version__
 from axon_llm.errors import AxonError
-from axon_llm.fast import native
 from axon_llm.fast.memory import prefer_huge_pages
 
 # command → (file, what it does)
@@ -33,7 +32,6 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "keys": ("keys", "Create, list and revoke API keys."),
     "load": ("load", "Put load on an OpenAI-compatible server and report latencies."),
 }
-COMPUTING = ("generate", "chat", "compare", "bench", "serve", "worker")  # with a model
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -79,9 +77,7 @@ def _dispatch(words: list[str]) -> int:
 
 
 def _run(name: str, words: list[str]) -> int:
-    if name in COMPUTING:  # both before anything imports torch
-        prefer_huge_pages()
-        native.start()
+    prefer_huge_pages()  # before anything imports torch
     import typer
 
     command = import_module(f".{COMMANDS[name][0]}", __package__).command

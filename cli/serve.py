@@ -70,9 +70,9 @@ def command(
         typer.echo(f"warning: {settings.host} can be reached from outside, and no API key is asked for", err=True)
 
     def build() -> Decoder:
-        from axon_llm.serving.decoder import load_decoder
+        from axon_llm.serving.decoder import load_decoder, settle
 
-        return load_decoder(
+        decoder = load_decoder(
             model,
             served_as=served_as,
             device=device,
@@ -82,6 +82,8 @@ def command(
             max_seq_len=max_seq_len,
             compile=compile,
         )
+        settle()
+        return decoder
 
     def on_listening(address: str, metrics_port: int) -> None:
         from axon_llm.serving.decoder import public_name

@@ -60,7 +60,7 @@ def command(
     settings = read_settings(metrics_port=metrics_port)
 
     def build() -> Decoder:
-        from axon_llm.serving.decoder import load_decoder
+        from axon_llm.serving.decoder import load_decoder, settle
 
         typer.echo(f"axon worker: loading {model} …", err=True)
         decoder = load_decoder(
@@ -73,6 +73,7 @@ def command(
             max_seq_len=max_seq_len,
             compile=compile,
         )
+        settle()
         typer.echo(f"axon worker: {served_as or model} with {slots} slots; SIGTERM hands jobs back", err=True)
         return decoder
 

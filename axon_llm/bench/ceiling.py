@@ -78,7 +78,7 @@ class Ceilings:
 
     def _product(self, device: torch.device, dtype: torch.dtype, int8: bool) -> Callable[[], object]:
         size = self._size
-        if int8:
+        if int8 and ops.works("int8"):
             weight = Int8Linear(torch.randint(-127, 128, (size, size), dtype=torch.int8), torch.ones(size))
             q = torch.randint(0, 256, (size, size), dtype=torch.uint8)
             return lambda: ops.int8_linear(q, weight.packed, weight.scale, weight.zero, wide=False)

@@ -45,12 +45,14 @@ class Buckets:
     """Which sizes the runner uses.
 
     Attributes:
-        lengths: positions of the cache that attention reads.
+        lengths: positions of the cache that attention reads in a decode step.
+        prefill_lengths: the same for a chunk of a prompt, which is never compiled.
         rows: slots that take part in a decode step.
         chunks: tokens in a prefill chunk.
     """
 
     lengths: Sizes
+    prefill_lengths: Sizes
     rows: Sizes
     chunks: Sizes
 
@@ -68,7 +70,8 @@ class Buckets:
             tail_is_free: attention does not read what its mask hides, so a shorter view would save nothing: where
                 shapes cost something, one length is enough.
         """
-        lengths: Iterable[int] = range(EAGER_LENGTH_STEP, max_seq_len, EAGER_LENGTH_STEP)
+        close: Iterable[int] = range(EAGER_LENGTH_STEP, max_seq_len, EAGER_LENGTH_STEP)
+        lengths = close
         if static:
             lengths = () if tail_is_free else doubling(SMALLEST_LENGTH, max_seq_len)
         chunk = min(prefill_chunk, max_seq_len)
@@ -76,6 +79,7 @@ class Buckets:
         chunks = [size for low in doubling(16, chunk) for size in (low, low + low // 2)]
         return cls(
             lengths=Sizes.up_to(max_seq_len, lengths),
+            prefill_lengths=Sizes.up_to(max_seq_len, close),
             rows=Sizes.up_to(slots, doubling(1, slots) if static else range(1, slots)),
             chunks=Sizes.up_to(chunk, chunks),
         )

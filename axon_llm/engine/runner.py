@@ -37,7 +37,7 @@ def chunk_for(device: torch.device) -> int:
 
 
 def _skips_what_is_hidden(block: nn.Module) -> bool:
-    """A layer's attention, replaced by a fast one, does not read positions of a bfloat16 cache that its mask hides."""
+    """A layer's attention, replaced by a fast one, skips what its mask hides of a bfloat16 cache."""
     return bool(getattr(block.self_attn, "skips_hidden", False))
 
 
@@ -146,7 +146,7 @@ class Runner:
         logits: Tensor = self.model(
             torch.tensor([list(chunk)], device=self.device),
             torch.arange(start, end, device=self.device)[None],
-            self.cache.slot(slot).view(length=self.buckets.lengths.at_least(end)),
+            self.cache.slot(slot).view(length=self.buckets.prefill_lengths.at_least(end)),
             only=only,
         )
         return logits

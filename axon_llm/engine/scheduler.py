@@ -122,8 +122,10 @@ class Scheduler:
         if not members:
             return None
         rows = self._buckets.rows.at_least(max(row for row, _ in members) + 1)
-        length = self._buckets.lengths.at_least(max(len(s.tokens) for _, s in members))
-        work = [self.slots.parked(slot, length) for slot in self.slots.slots[:rows]]
+        longest = max(len(s.tokens) for _, s in members)
+        length = self._buckets.lengths.at_least(longest)
+        # Who takes no part reads no further than who does: attention may cost what is visible, not what is in view.
+        work = [self.slots.parked(slot, longest) for slot in self.slots.slots[:rows]]
         for row, sequence in members:
             work[row] = (sequence.tokens[-1], len(sequence.tokens) - 1)
         return Batch([token for token, _ in work], [position for _, position in work], length, members)

@@ -30,7 +30,7 @@ class AttentionKernels(NamedTuple):
     Attributes:
         attend: as :func:`axon_llm.layers.attention.attend`.
         rotate: as :func:`axon_llm.layers.rope.rotate`.
-        skips_hidden: positions of a bfloat16 cache that the mask hides are not read.
+        skips_hidden: pieces of a bfloat16 cache that the mask hides from every token are not read.
     """
 
     attend: Attend = attend
@@ -60,14 +60,14 @@ def rotate_at_once(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return y
 
 
-def fastest_attention(weight: Tensor) -> AttentionKernels:
-    """The fastest for activations of this weight's type, on its device."""
-    amx = getattr(torch.cpu, "_is_amx_tile_supported", None)
+def fastest_attention(device: torch.device, dtype: torch.dtype) -> AttentionKernels:
+    """The fastest for activations of this type on this device."""
+    amx = device.type == "cpu" and ops.has_amx()
     kernel = attention_kernel(
-        device=weight.device.type,
-        dtype=str(weight.dtype).removeprefix("torch."),
-        amx=bool(amx and amx()),
-        strips=weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and native.load(),
+        device=device.type,
+        dtype=str(dtype).removeprefix("torch."),
+        amx=amx,
+        strips=device.type == "cpu" and dtype == torch.bfloat16 and not amx and native.load(),
     )
     if kernel == "strips":
         return AttentionKernels(attend_in_strips(ops.wide_products()), rotate_at_once, skips_hidden=True)

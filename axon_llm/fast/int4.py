@@ -1,4 +1,4 @@
-"""int4 weights in groups of 32, without the kernels of ``strips.cpp``: PyTorch's own on a CPU, ours on a GPU.
+"""int4 weights in groups of 32, without the kernels of ``strips.py``: PyTorch's own on a CPU, ours on a GPU.
 
 Few rows are what both are made for: they turn weights into numbers as they read them. On a GPU many rows are multiplied
 by weights that are converted once; PyTorch's CPU kernel converts them again for every four rows, so a prompt is slow.
@@ -39,7 +39,7 @@ def pack(q: Tensor, scale: Tensor, middle: Tensor) -> tuple[Tensor, Tensor]:
 
 @cache
 def _say_prefill_is_slow() -> None:
-    print("axon: without kernels for this processor, int4 weights make long prompts slow", file=sys.stderr)  # noqa: T201
+    print("axon: with PyTorch's int4 kernel long prompts are slow", file=sys.stderr)  # noqa: T201
 
 
 class Int4Linear(FastLinear):

@@ -1,8 +1,8 @@
 """Linear layers with a choice of kernel: drop-in replacements for ``nn.Linear`` in inference.
 
-``PlainLinear`` keeps the weights as they are stored in the checkpoint (they may be a memory map) and multiplies a
-single row with the library's matrix-vector kernel. ``PackedLinear`` stores them in the layout oneDNN's kernels read
-fastest. Both compute what ``nn.Linear`` computes, up to the order of summation.
+``PlainLinear`` keeps the weights as they are stored in the checkpoint (they may be a memory map): nothing is to be done
+at start. ``PackedLinear`` stores them in the layout oneDNN's kernels read fastest. Both compute what ``nn.Linear``
+computes, up to the order of summation.
 
 Legend: R rows · K input channels · N output channels
 
@@ -11,11 +11,15 @@ Read next: ``strips.py`` (weights for our own kernels), ``replace.py``.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from axon_llm.fast import ops
+from axon_llm.fast import native, ops
+
+FEW_ROWS = 8  # that weights as stored are multiplied with by our own kernel: more are worth oneDNN's packing on the fly
 
 
 class FastLinear(nn.Module):
@@ -44,7 +48,7 @@ class FastLinear(nn.Module):
 
 
 class PlainLinear(FastLinear):
-    """Weights as stored; one row by matrix · vector, several by ``F.linear``.
+    """Weights as stored, a memory map if that is what they are; a few rows by our own kernel or matrix · vector.
 
     Args:
         weight: ``[N, K]``, kept without a copy.
@@ -57,18 +61,40 @@ class PlainLinear(FastLinear):
         super().__init__(weight.shape[1], weight.shape[0])
         self.weight = nn.Parameter(weight.detach(), requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.on_cpu = weight.device.type == "cpu"
+        self.native = self.on_cpu and weight.dtype == torch.bfloat16 and weight.is_contiguous() and native.loaded()
+        self.wide = self.native and ops.wide_products()
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` ``[…, K]`` → ``[…, N]``."""
-        if x.device.type != "cpu" or x.numel() != self.in_features:
+        if self.native and x.numel() <= FEW_ROWS * self.in_features:
+            y: Tensor = torch.ops.axon.bf16_stored(x, self.weight, self.wide)
+        elif self.on_cpu and x.numel() == self.in_features:
+            y = (torch.ops.axon.gemv if torch.compiler.is_compiling() else ops.gemv)(x, self.weight)
+        else:
             return F.linear(x, self.weight, self.bias)
-        y: Tensor = (torch.ops.axon.gemv if torch.compiler.is_compiling() else ops.gemv)(x, self.weight)
         return y if self.bias is None else y + self.bias
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of the weight."""
         return self.weight.nbytes
+
+
+class ParallelLinear(nn.Module):
+    """Several linears with the same input as one, their outputs side by side, where no copy of the weights is wanted.
+
+    Args:
+        linears: in the order of their outputs.
+    """
+
+    def __init__(self, linears: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.linears = nn.ModuleList(linears)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` ``[…, K]`` → ``[…, N]``, N the sum of theirs."""
+        return torch.cat([linear(x) for linear in self.linears], dim=-1)
 
 
 class PackedLinear(FastLinear):

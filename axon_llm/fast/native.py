@@ -1,11 +1,10 @@
 """The kernels in ``kernels/``: compiled for this machine's processor when first needed, kept, and loaded.
 
-A few files of C++ and the compiler that ``torch.compile`` needs too; some seconds, once per machine. They are written
-against PyTorch's stable interface, so that what was compiled stays valid when PyTorch is replaced by another release.
+A few files of C++ and the compiler that ``torch.compile`` needs too; some seconds, once per machine. What was compiled
+is kept in ``~/.cache/axon`` (or ``AXON_KERNEL_CACHE``), under a name that changes with anything it depends on.
 
 Where the processor lacks the instructions, or there is no compiler, PyTorch's own kernels serve, and one line on
-standard error says so. Only the standard library is imported before the kernels are loaded: the compiler can be at work
-while torch is still being imported (``start``).
+standard error says so.
 """
 
 from __future__ import annotations
@@ -16,15 +15,18 @@ import importlib.util
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
-SOURCES = sorted(Path(__file__).with_name("kernels").iterdir())
+FOLDER = Path(__file__).with_name("kernels")
+COMPILE_LIMIT_S = 300
 NEEDED = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni")
 OPTIONAL = ("avx512_bf16",)
 
@@ -50,11 +52,11 @@ def load() -> bool:
     return True
 
 
-def start() -> None:
-    """Begin to compile in another process, if that is still to be done; ``load`` then waits for it."""
-    with contextlib.suppress(Unavailable, OSError):
-        if not _library(_flags()).exists():
-            subprocess.Popen([sys.executable, "-m", __name__], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def loaded() -> bool:
+    """Whether there are kernels behind the operators' names by now; asks for nothing."""
+    import torch
+
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key("axon::bf16_strips", "CPU"))
 
 
 def built() -> Path:
@@ -66,9 +68,11 @@ def built() -> Path:
     flags = _flags()
     library = _library(flags)
     if library.exists():
+        if library.stat().st_uid not in (0, os.getuid()):
+            raise Unavailable(f"{library} belongs to somebody else")
         return library
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
+    compiler = shlex.split(os.environ.get("CXX", "")) or [shutil.which("g++") or shutil.which("clang++") or ""]
+    if not compiler[0]:
         raise Unavailable("there is no C++ compiler (install g++)")
     torch_folder = _torch_folder()
     library.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -78,15 +82,20 @@ def built() -> Path:
             return library
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
             target = Path(folder) / library.name
-            folders = [f"-I{SOURCES[0].parent}", f"-I{torch_folder / 'include'}", f"-L{torch_folder / 'lib'}"]
-            command = [compiler, "-O3", "-std=c++20", "-shared", "-fPIC", *flags, *folders, "-x", "c++", "-"]
+            folders = [f"-I{FOLDER}", f"-I{torch_folder / 'include'}", f"-L{torch_folder / 'lib'}"]
+            command = [*compiler, "-O3", "-std=c++20", "-shared", "-fPIC", *flags, *folders, "-x", "c++", "-"]
             command += ["-ltorch_cpu", "-ltorch", "-o", str(target)]
             # All at once: PyTorch's headers take the compiler longer than what is ours.
-            everything = "".join(f'#include "{path.name}"\n' for path in SOURCES if path.suffix == ".cpp")
-            done = subprocess.run(command, input=everything, capture_output=True, text=True, check=False)
+            everything = "".join(f'#include "{path.name}"\n' for path in _sources() if path.suffix == ".cpp")
+            try:
+                done = subprocess.run(
+                    command, input=everything, capture_output=True, text=True, check=False, timeout=COMPILE_LIMIT_S
+                )
+            except subprocess.TimeoutExpired:
+                raise Unavailable(f"{compiler[0]} was not done after {COMPILE_LIMIT_S} s") from None
             if done.returncode:
                 found = re.search(r"error: (.*)", done.stderr)
-                raise Unavailable(f"{compiler} failed: {found[1] if found else done.stderr.strip()[-200:]}")
+                raise Unavailable(f"{compiler[0]} failed: {found[1] if found else done.stderr.strip()[-200:]}")
             target.replace(library)
     return library
 
@@ -116,12 +125,23 @@ def _flags() -> list[str]:
 def _library(flags: list[str]) -> Path:
     """Where the library for this source and these flags is kept."""
     release = ".".join(version("torch").split(".")[:2])
-    texts = [path.read_text(encoding="utf-8") for path in SOURCES if path.suffix in (".h", ".cpp")]
-    digest = hashlib.sha256("\n".join([release, *flags, *texts]).encode()).hexdigest()
-    home = os.environ.get("AXON_KERNEL_CACHE") or os.path.join(
-        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "axon"
-    )
-    return Path(home) / f"kernels-{digest[:16]}.so"
+    texts = [path.read_text(encoding="utf-8") for path in _sources()]
+    about = [release, *platform.libc_ver(), os.environ.get("CXX", ""), *flags, *texts]
+    digest = hashlib.sha256("\n".join(about).encode()).hexdigest()
+    return _kept_in() / f"kernels-{digest[:16]}.so"
+
+
+def _sources() -> list[Path]:
+    return sorted(path for path in FOLDER.iterdir() if path.suffix in (".h", ".cpp"))
+
+
+def _kept_in() -> Path:
+    if given := os.environ.get("AXON_KERNEL_CACHE"):
+        return Path(given)
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if home.startswith("~"):  # a user without a home
+        return Path(tempfile.gettempdir()) / f"axon-{os.getuid()}"
+    return Path(home) / "axon"
 
 
 def _torch_folder() -> Path:
@@ -132,8 +152,8 @@ def _torch_folder() -> Path:
 
 
 @contextlib.contextmanager
-def _lock(library: Path):  # type: ignore[no-untyped-def]
-    import fcntl
+def _lock(library: Path) -> Iterator[None]:
+    import fcntl  # not on Windows, where no processor is known to have the instructions
 
     with open(library.with_suffix(".lock"), "w", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

@@ -3,7 +3,7 @@
 A compiler sees through ``torch.mv`` and rewrites it into a loop that is slower than the library's kernel, and it does
 not know what to do with weights in oneDNN's own layout. Behind an operator of our own both are a single call with known
 output, and so are our own kernels: ``weight_only.py`` for a GPU, ``kernels/`` for a CPU. Those on the CPU are declared
-here (``bf16_…``, ``int8_strips``, ``int4_strips``) and there is nothing behind the names until ``native.py`` has loaded
+here (``bf16_…``, ``…_strips``, ``strip_rows``) and there is nothing behind the names until ``native.py`` has loaded
 them. Registering an operator is this module's only side effect.
 
 Legend: R rows · K input channels · N output channels
@@ -26,6 +26,9 @@ _library.define("int8_linear(Tensor q, Tensor packed, Tensor scale, Tensor zero,
 _library.define("bf16_strips(Tensor x, Tensor strips, int out_features, bool wide) -> Tensor")
 _library.define("int8_strips(Tensor x, Tensor strips, Tensor scale, int out_features) -> Tensor")
 _library.define("int4_strips(Tensor x, Tensor strips, int out_features) -> Tensor")
+_library.define("bf16_stored(Tensor x, Tensor weight, bool wide) -> Tensor")
+_library.define("lay_strips(Tensor words, Tensor(a!) strips) -> ()")
+_library.define("strip_rows(Tensor strips, Tensor channels, int words) -> Tensor")
 _library.define("bf16_attention(Tensor q, Tensor k, Tensor v, Tensor mask, bool wide) -> Tensor")
 _library.define("bf16_rotate(Tensor x, Tensor cos, Tensor sin) -> Tensor")
 _library.define("int8_few(Tensor x, Tensor q, Tensor scale) -> Tensor")
@@ -113,9 +116,15 @@ def works(kernel: str, dtype: torch.dtype = torch.bfloat16) -> bool:
     return True
 
 
+def has_amx() -> bool:
+    """The CPU multiplies small matrices in hardware (Intel AMX), in bfloat16 and int8."""
+    probe = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return bool(probe is not None and probe())
+
+
 @cache
 def wide_products() -> bool:
-    """Products of many rows are faster in float32 than in bfloat16 on this CPU, by enough to convert the weights.
+    """Products are faster in float32 than in bfloat16 on this CPU, the conversion of the weights included.
 
     Intel's processors with AVX-512 multiply bfloat16 at little more than half the rate of float32 where their matrix
     unit (AMX) is missing or hidden from a virtual machine; AMD's, and Intel's with AMX, at several times that rate. So
@@ -184,6 +193,16 @@ def _int8_strips_shape(x: Tensor, strips: Tensor, scale: Tensor, out_features: i
 @torch.library.register_fake("axon::int4_strips", lib=_library)
 def _int4_strips_shape(x: Tensor, strips: Tensor, out_features: int) -> Tensor:
     return x.new_empty(*x.shape[:-1], out_features)
+
+
+@torch.library.register_fake("axon::bf16_stored", lib=_library)
+def _bf16_stored_shape(x: Tensor, weight: Tensor, wide: bool) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+@torch.library.register_fake("axon::strip_rows", lib=_library)
+def _strip_rows_shape(strips: Tensor, channels: Tensor, words: int) -> Tensor:
+    return strips.new_empty(*channels.shape, words)
 
 
 @torch.library.register_fake("axon::bf16_attention", lib=_library)

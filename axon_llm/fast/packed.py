@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from axon_llm.checkpoint import load_model, opened, resolve_dtype, tensor_files, without_memory
 from axon_llm.config import ModelConfig
 from axon_llm.errors import CheckpointError, UsageError
+from axon_llm.fast.attention import fastest_attention
 from axon_llm.fast.quantise import GROUP
 from axon_llm.fast.replace import build, fuse, plan_for, quantised, stack
 from axon_llm.fast.strips import BLOCK, LANES, Int4Strips, Int8Strips, lay_int4, lay_int8, read_int4, read_int8
@@ -131,7 +132,7 @@ def load_packed(
             values = read_int8(strips, n, k), scale
         return build(plan.kernel, tuple(value.to(device) for value in values), bias)
 
-    model = fuse(without_memory(config), make)
+    model = fuse(without_memory(config), make, fastest_attention(device, target))
     for name, parameter in list(model.named_parameters()):
         if parameter.is_meta:
             owner, _, leaf = name.rpartition(".")

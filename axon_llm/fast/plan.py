@@ -46,6 +46,7 @@ def choose(
     fp8: bool = False,
     wide: bool = False,
     strips: bool = False,
+    once: bool = False,
 ) -> Plan:
     """Decide how weights are stored and multiplied.
 
@@ -58,6 +59,7 @@ def choose(
         fp8: the device multiplies fp8 (Nvidia Hopper and later).
         wide: the CPU multiplies float32 faster than bfloat16 (``ops.wide_products``).
         strips: there are kernels of our own for this CPU (``native.py``).
+        once: for one answer only, which copying all weights into another layout would delay by more than it saves.
 
     Raises:
         UsageError: a quantisation that does not exist, or not here.
@@ -87,6 +89,8 @@ def choose(
     if strips and quantize == "int8" and not amx:
         how = "strips, activations rounded to int8 by row"
         return Plan("int8-strips", True, how, how, 8)
+    if strips and quantize is None and dtype == "bfloat16" and not amx and once:
+        return Plan("plain", True, "our own kernel, on the weights as stored", "oneDNN, packed on the fly", width)
     if strips and quantize is None and dtype == "bfloat16" and not amx:
         how = f"strips, products in {'float32' if wide else 'bfloat16'}"
         return Plan("bf16-strips", True, how, how, width)

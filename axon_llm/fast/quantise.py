@@ -8,7 +8,7 @@ Rounding to nearest, no calibration data. What it costs in quality is in ``docs/
 
 Legend: N output channels · K input channels · G = K / 32 groups
 
-Read next: ``int8.py``, ``int4.py``.
+Read next: ``strips.py``.
 """
 
 from __future__ import annotations

@@ -16,20 +16,25 @@ from torch import Tensor, nn
 
 from axon_llm.errors import UsageError
 from axon_llm.fast import native, ops
-from axon_llm.fast.attention import fastest_attention
+from axon_llm.fast.attention import AttentionKernels, fastest_attention
 from axon_llm.fast.blocks import FusedAttention, FusedFeedForward
 from axon_llm.fast.fp8 import Fp8Linear, quantise_fp8
 from axon_llm.fast.int4 import Int4Linear, Int4WeightLinear, pack
 from axon_llm.fast.int8 import Int8Linear, Int8WeightLinear
-from axon_llm.fast.linear import FastLinear, PackedLinear, PlainLinear
+from axon_llm.fast.linear import FastLinear, PackedLinear, ParallelLinear, PlainLinear
 from axon_llm.fast.plan import Plan, choose
 from axon_llm.fast.quantise import GROUP, quantise_int4, quantise_int8
-from axon_llm.fast.strips import Bf16Strips, Int4Strips, Int8Strips, lay_int4, lay_int8
+from axon_llm.fast.strips import Bf16Strips, Int4Strips, Int8Strips, StripEmbedding, lay_int4, lay_int8
 from axon_llm.model import Transformer
 
 
 def accelerate(
-    model: Transformer, quantize: str | None = None, *, rows: int = 1, plan: Plan | None = None
+    model: Transformer,
+    quantize: str | None = None,
+    *,
+    rows: int = 1,
+    once: bool = False,
+    plan: Plan | None = None,
 ) -> Transformer:
     """Replace the parts of a model that a faster variant exists for on its device.
 
@@ -37,6 +42,7 @@ def accelerate(
         model: changed in place; for inference only afterwards.
         quantize: ``"int8"``, ``"int4"``, ``"fp8"`` (on GPUs that have it) or ``None`` (same precision).
         rows: slots a decode step will run.
+        once: for one answer only: start soon rather than run fastest.
         plan: overrides the choice (tests, measurements).
 
     Returns:
@@ -45,16 +51,16 @@ def accelerate(
     Raises:
         UsageError: an unknown quantisation, or one this device does not have.
     """
-    weight = model.embed_tokens.weight
+    device, dtype = model.embed_tokens.weight.device, model.embed_tokens.weight.dtype
     if plan is None:
-        plan = plan_for(weight.device, weight.dtype, quantize, rows)
-        if plan.kernel == "packed" and not ops.works("packed", weight.dtype):
+        plan = plan_for(device, dtype, quantize, rows, once)
+        if plan.kernel == "packed" and not ops.works("packed", dtype):
             plan = replace(plan, kernel="plain", decode="F.linear", prefill="F.linear")
     if plan.kernel == "reference" or any(isinstance(module, FastLinear) for module in model.modules()):
         return model  # nothing faster, or loaded from a packed checkpoint
     model.requires_grad_(False)
     if plan.fuse:
-        return fuse(model, lambda _, linears: _make(plan, rows, linears))
+        return fuse(model, lambda _, linears: _make(plan, rows, linears), fastest_attention(device, dtype))
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear):
             parent, _, leaf = name.rpartition(".")
@@ -62,14 +68,14 @@ def accelerate(
     return model
 
 
-def plan_for(device: torch.device, dtype: torch.dtype, quantize: str | None, rows: int = 1) -> Plan:
+def plan_for(device: torch.device, dtype: torch.dtype, quantize: str | None, rows: int = 1, once: bool = False) -> Plan:
     """What :func:`axon_llm.fast.plan.choose` says of a device that is here.
 
     Raises:
         UsageError: an unknown quantisation, or one this device does not have.
     """
     on_cpu = device.type == "cpu"
-    amx = on_cpu and has_amx()
+    amx = on_cpu and ops.has_amx()
     # Not asked for where they would not be used: asking compiles them.
     useful = on_cpu and (quantize == "int4" or (not amx and (quantize == "int8" or dtype == torch.bfloat16)))
     return choose(
@@ -81,22 +87,33 @@ def plan_for(device: torch.device, dtype: torch.dtype, quantize: str | None, row
         fp8=device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0),
         wide=on_cpu and ops.wide_products(),
         strips=useful and dtype != torch.float16 and native.load(),
+        once=once,
     )
 
 
-def fuse(model: Transformer, make: Callable[[str, list[nn.Linear]], nn.Module]) -> Transformer:
-    """Replace every linear, several with the same input by one.
+def fuse(
+    model: Transformer,
+    make: Callable[[str, list[nn.Linear]], nn.Module],
+    kernels: AttentionKernels | None = None,
+) -> Transformer:
+    """Replace every linear, several with the same input by one; and the embedding, where the output layer can be both.
 
     Args:
         model: changed in place.
         make: from the new linear's name (such as ``layers.0.self_attn.qkv_proj``) and the linears it stands for, in
             order, to the new linear.
+        kernels: how attention is computed; as in the readable model when omitted.
 
     Returns:
         The same model.
     """
     blocks: Any = model.layers  # of Block; the container does not say so
-    kernels = fastest_attention(model.embed_tokens.weight)
+    tied = model.lm_head.weight is model.embed_tokens.weight
+    # The output layer first: where it stands for the embedding too, that is released before the rest is laid out.
+    head = make("lm_head", _take(model, "lm_head"))
+    model.lm_head = head  # type: ignore[assignment]
+    if isinstance(head, Bf16Strips) and tied:
+        model.embed_tokens = StripEmbedding(head)  # type: ignore[assignment]
     for index, block in enumerate(blocks):
         attention, mlp, prefix = block.self_attn, block.mlp, f"layers.{index}"
         qkv = make(f"{prefix}.self_attn.qkv_proj", _take(attention, "q_proj", "k_proj", "v_proj"))
@@ -104,14 +121,7 @@ def fuse(model: Transformer, make: Callable[[str, list[nn.Linear]], nn.Module]) 
         block.self_attn = FusedAttention(attention, qkv, out, kernels)
         gate_up = make(f"{prefix}.mlp.gate_up_proj", _take(mlp, "gate_proj", "up_proj"))
         block.mlp = FusedFeedForward(gate_up, make(f"{prefix}.mlp.down_proj", _take(mlp, "down_proj")))
-    model.lm_head = make("lm_head", _take(model, "lm_head"))  # type: ignore[assignment]
     return model
-
-
-def has_amx() -> bool:
-    """The CPU multiplies small matrices in hardware (Intel AMX), in bfloat16 and int8."""
-    probe = getattr(torch.cpu, "_is_amx_tile_supported", None)
-    return bool(probe is not None and probe())
 
 
 def describe(model: Transformer) -> dict[str, Any]:
@@ -192,14 +202,16 @@ def build(kernel: str, values: tuple[Tensor, ...], bias: Tensor | None) -> FastL
 
 def _make(plan: Plan, rows: int, linears: Sequence[nn.Linear]) -> nn.Module:
     """One fast linear that does the work of several with the same input, stacked in order."""
+    if plan.kernel == "plain" and len(linears) > 1:
+        return ParallelLinear([PlainLinear(linear.weight, linear.bias) for linear in linears])
     bias = stack([linear.bias for linear in linears])
     quantize = plan.kernel.removesuffix("-strips")
     if quantize in ("int8", "int4", "fp8"):
         return build(plan.kernel, quantised(quantize, linears), bias)
+    if plan.kernel == "bf16-strips":
+        return Bf16Strips([linear.weight for linear in linears], bias)
     weight = stack([linear.weight for linear in linears])
     assert weight is not None
-    if plan.kernel == "bf16-strips":
-        return Bf16Strips(weight, bias)
     return PackedLinear(weight, bias, rows) if plan.kernel == "packed" else PlainLinear(weight, bias)
 
 

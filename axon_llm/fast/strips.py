@@ -14,11 +14,13 @@ Legend: R rows · K input channels · N output channels · W words of a channel 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from axon_llm.fast import ops
+from axon_llm.fast import native, ops
 from axon_llm.fast.linear import FastLinear
 from axon_llm.fast.quantise import GROUP
 
@@ -26,12 +28,30 @@ LANES = 16  # output channels of a strip
 BLOCK = {"bf16": 16, "int8": 16, "int4": 10}  # words that the kernels take at a time; W is a multiple
 
 
-def lay(words: Tensor, block: int) -> Tensor:
-    """Rows of words ``[N, W]`` int32 → strips ``[⌈N / 16⌉, W, 16]``, both sizes filled up with zeros."""
-    padding = -words.shape[1] % block, -words.shape[0] % LANES
-    if any(padding):
-        words = F.pad(words, (0, padding[0], 0, padding[1]))
-    return words.view(-1, LANES, words.shape[1]).transpose(1, 2).contiguous()
+def lay(words: Sequence[Tensor], block: int) -> Tensor:
+    """Rows of words → strips.
+
+    Args:
+        words: ``[N, W]`` int32, of several linears one below the other.
+        block: words that the kernels take at a time.
+
+    Returns:
+        ``[⌈N / 16⌉, W, 16]``, both sizes filled up with zeros.
+    """
+    if any(len(part) % LANES for part in words[:-1]):
+        words = (torch.cat(tuple(words)),)
+    length = -(-words[0].shape[1] // block) * block
+    strips = words[0].new_empty(-(-sum(map(len, words)) // LANES), length, LANES)
+    first = 0
+    for part in words:
+        here = strips[first : first + -(-len(part) // LANES)]
+        first += len(here)
+        if native.loaded() and part.stride(1) == 1:
+            torch.ops.axon.lay_strips(part, here)
+        else:
+            padded = F.pad(part, (0, length - part.shape[1], 0, -len(part) % LANES))
+            here.copy_(padded.view(-1, LANES, length).transpose(1, 2))
+    return strips
 
 
 def rows(strips: Tensor) -> Tensor:
@@ -39,15 +59,16 @@ def rows(strips: Tensor) -> Tensor:
     return strips.transpose(1, 2).reshape(-1, strips.shape[1])
 
 
-def lay_bf16(weight: Tensor) -> Tensor:
-    """``[N, K]`` bfloat16 → strips."""
-    return lay(F.pad(weight, (0, weight.shape[1] % 2)).contiguous().view(torch.int32), BLOCK["bf16"])
+def lay_bf16(weights: Sequence[Tensor]) -> Tensor:
+    """``[N, K]`` bfloat16 each, of several linears one below the other → strips."""
+    even = [weight if weight.shape[1] % 2 == 0 else F.pad(weight, (0, 1)) for weight in weights]
+    return lay([weight.contiguous().view(torch.int32) for weight in even], BLOCK["bf16"])
 
 
 def lay_int8(q: Tensor) -> Tensor:
     """``[N, K]`` int8 → strips of bytes around 128, the unsigned side of the processor's dot product."""
     unsigned = F.pad(q, (0, -q.shape[1] % 4)).contiguous().view(torch.uint8) ^ 128
-    return lay(unsigned.view(torch.int32), BLOCK["int8"])
+    return lay([unsigned.view(torch.int32)], BLOCK["int8"])
 
 
 def lay_int4(q: Tensor, scale: Tensor, middle: Tensor) -> Tensor:
@@ -55,7 +76,7 @@ def lay_int4(q: Tensor, scale: Tensor, middle: Tensor) -> Tensor:
     halves = q.view(*scale.shape, 4, 2, 4)  # [N, G, word, low or high, byte]
     values = (halves[..., 0, :] | (halves[..., 1, :] << 4)).contiguous().view(torch.int32)  # [N, G, 4, 1]
     factors = torch.stack((scale.bfloat16(), middle.bfloat16()), dim=-1).view(torch.int32)  # [N, G, 1]
-    return lay(torch.cat((values[..., 0], factors), dim=-1).flatten(1), BLOCK["int4"])
+    return lay([torch.cat((values[..., 0], factors), dim=-1).flatten(1)], BLOCK["int4"])
 
 
 def read_int8(strips: Tensor, n: int, k: int) -> Tensor:
@@ -105,19 +126,53 @@ class StripLinear(FastLinear):
 
 
 class Bf16Strips(StripLinear):
-    """bfloat16 weights and activations."""
+    """bfloat16 weights and activations.
+
+    Args:
+        weights: ``[N, K]`` bfloat16 each, of several linears one below the other; not needed afterwards.
+        bias: ``[N]`` of all together, or ``None``.
+    """
 
     kind = "bf16-strips"
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        """From ``weight`` ``[N, K]`` bfloat16, which is not needed afterwards."""
-        super().__init__(lay_bf16(weight.detach()), weight.shape[1], weight.shape[0], bias)
+    def __init__(self, weights: Sequence[Tensor], bias: Tensor | None = None) -> None:
+        count = sum(len(weight) for weight in weights)
+        super().__init__(lay_bf16([weight.detach() for weight in weights]), weights[0].shape[1], count, bias)
         self.wide = ops.wide_products()
 
     def multiply(self, x: Tensor) -> Tensor:
         """In pairs, or in float32 where that is faster."""
         y: Tensor = torch.ops.axon.bf16_strips(x, self.strips, self.out_features, self.wide)
         return y
+
+
+class StripEmbedding(nn.Module):
+    """The embedding of a model whose output layer is the same matrix, which is kept once: in the output layer's strips.
+
+    A lookup gathers a token's words from its strip, which takes microseconds; the matrix once more as rows would take a
+    fifth of a billion-parameter model's memory.
+
+    Args:
+        output: the output layer.
+    """
+
+    strips: Tensor
+
+    def __init__(self, output: Bf16Strips) -> None:
+        super().__init__()
+        self.hidden_size = output.in_features
+        self.register_buffer("strips", output.strips)
+
+    @property
+    def weight(self) -> Tensor:
+        """The same memory; only its dtype and device mean what those of an ``nn.Embedding``'s weight do."""
+        return self.strips.view(torch.bfloat16)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """``tokens`` ``[B, T]`` → ``[B, T, hidden]`` bfloat16."""
+        words = torch.ops.axon.strip_rows(self.strips, tokens, (self.hidden_size + 1) // 2)
+        embedded: Tensor = words.view(torch.bfloat16)[..., : self.hidden_size]
+        return embedded
 
 
 class Int8Strips(StripLinear):

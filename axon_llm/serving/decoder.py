@@ -59,9 +59,6 @@ def load_decoder(
         model, tokenizer, slots=slots, max_seq_len=max_seq_len or min(limit, DEFAULT_MAX_SEQ_LEN), compile=compile
     )
     engine.warm_up()
-    # What is loaded stays: looking it all through again would stop every stream for a tenth of a second, now and then.
-    gc.collect()
-    gc.freeze()
 
     def encode(job: Job) -> tuple[int, ...]:
         if job.prompt_tokens is not None:
@@ -85,6 +82,15 @@ def load_decoder(
         generation_defaults=recommended,
     )
     return Decoder(engine=engine, encode=encode, text_of=lambda token: tokenizer.decode([token]), models=(card,))
+
+
+def settle() -> None:
+    """Tell Python's garbage collector that what is there now stays. For a process that loads once and then serves.
+
+    Looking all of torch through again would stop every stream for a tenth of a second, now and then.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def public_name(model_name: str) -> str:

@@ -171,6 +171,11 @@ def test_a_packed_checkpoint_gives_the_logits_of_quantising_at_load(folder: Path
     packed = load_packed(target, config, cpu)
     assert torch.equal(prefill_and_decode(packed, torch.float32), prefill_and_decode(at_load, torch.float32))
     assert accelerate(packed, quantize) is packed
+    in_bf16 = [
+        accelerate(load_model(folder, ModelConfig.from_file(folder / "config.json"), cpu, "bfloat16"), quantize),
+        load_packed(target, config, cpu, "bfloat16"),
+    ]
+    assert len({model.layers[0].self_attn.skips_hidden for model in in_bf16}) == 1
 
 
 @pytest.mark.parametrize("quantize", ["int8", "int4"])

@@ -128,10 +128,11 @@ def test_a_decode_step_has_a_row_for_every_slot_up_to_the_highest_member() -> No
     batch = plan.batch()
     assert batch is not None
     assert [(row, s.request.id) for row, s in batch.members] == [(0, "0"), (2, "2")]
-    # Four rows, the next bucket after three. The long one repeats its own token at the last position that is read.
+    # Four rows, the next bucket after three. The long one repeats its own token where the longest member is.
     assert batch.length == 128
-    assert batch.tokens == [7, second.tokens[127], 7, 0]
-    assert batch.positions == [10, 127, 20, 0]
+    longest = len(third.tokens)
+    assert batch.tokens == [7, second.tokens[longest - 1], 7, 0]
+    assert batch.positions == [10, longest - 1, 20, 0]
 
 
 def test_gaps_are_closed_when_that_makes_the_step_smaller_and_not_otherwise() -> None:

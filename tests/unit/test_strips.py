@@ -18,6 +18,7 @@ from axon_llm.fast.strips import (
     Bf16Strips,
     Int4Strips,
     Int8Strips,
+    StripEmbedding,
     StripLinear,
     lay_bf16,
     lay_int4,
@@ -53,7 +54,7 @@ def linear_and_weight(kind: str, n: int, k: int, monkeypatch: pytest.MonkeyPatch
         values = quantise_int4(w)
         return Int4Strips(lay_int4(*values), k, n), dequantise_int4(*values)
     monkeypatch.setattr(ops, "wide_products", lambda: kind == "bf16-wide")
-    return Bf16Strips(w), w.float()
+    return Bf16Strips([w]), w.float()
 
 
 def test_what_was_laid_in_strips_can_be_read_back() -> None:
@@ -66,9 +67,21 @@ def test_what_was_laid_in_strips_can_be_read_back() -> None:
 
 def test_a_strip_holds_the_same_word_of_sixteen_channels_side_by_side() -> None:
     w = torch.arange(32 * 64, dtype=torch.float32).view(32, 64).bfloat16()
-    strips = lay_bf16(w)
+    strips = lay_bf16([w])
     assert strips.shape == (2, 32, 16)
     assert torch.equal(strips[1, 3, 5:6].view(torch.bfloat16), w[16 + 5, 6:8])
+
+
+@kernels
+@pytest.mark.parametrize("sizes", [(32, 16), (20, 30), (7,)])
+@pytest.mark.parametrize("k", [64, 6, 200])
+def test_kernels_lay_strips_as_pytorch_does(sizes: tuple[int, ...], k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert native.load()
+    parts = [numbers(n, k, seed=n).bfloat16() for n in sizes]
+    laid = lay_bf16(parts)
+    monkeypatch.setattr(native, "loaded", lambda: False)
+    assert torch.equal(laid, lay_bf16(parts))
+    assert torch.equal(laid, lay_bf16([torch.cat(parts)]))
 
 
 @kernels
@@ -134,7 +147,7 @@ def test_a_bias_is_added() -> None:
     assert native.load()
     w, bias = numbers(32, 64).bfloat16(), numbers(32, seed=2).bfloat16()
     x = numbers(4, 64, seed=1).bfloat16()
-    torch.testing.assert_close(Bf16Strips(w, bias)(x), Bf16Strips(w)(x) + bias)
+    torch.testing.assert_close(Bf16Strips([w], bias)(x), Bf16Strips([w])(x) + bias)
 
 
 @kernels
@@ -196,6 +209,92 @@ def test_a_model_in_strips_is_as_close_to_float32_as_the_readable_one(config: ob
     fast = accelerate(copy.deepcopy(model), plan=Plan("bf16-strips", True, "", "", 16))
     assert describe(fast)["kernels"] == {"bf16-strips": 4 * CONFIG.num_layers + 1}
     assert 0 < (prefill_and_decode(fast, torch.bfloat16, rows) - exact).norm() < 1.5 * readable
+
+
+@kernels
+@pytest.mark.parametrize("k", [64, 30, 33])
+def test_an_embedding_that_is_the_output_layer_is_kept_once_and_gives_its_rows(k: int) -> None:
+    assert native.load()
+    w = numbers(50, k).bfloat16()
+    output = Bf16Strips([w])
+    embedding = StripEmbedding(output)
+    tokens = torch.tensor([[0, 49, 17], [16, 15, 3]])
+    assert torch.equal(embedding(tokens), w[tokens])
+    assert embedding.strips.data_ptr() == output.strips.data_ptr()
+    assert embedding.weight.dtype == torch.bfloat16
+
+
+@kernels
+def test_a_tied_model_in_strips_holds_its_largest_matrix_once() -> None:
+    tied, untied = (
+        accelerate(random_model(config, torch.bfloat16), plan=Plan("bf16-strips", True, "", "", 16))
+        for config in (CONFIG, QWEN)
+    )
+    assert CONFIG.tie_word_embeddings
+    assert not QWEN.tie_word_embeddings
+    assert isinstance(tied.embed_tokens, StripEmbedding)
+    assert tied.embed_tokens.strips.data_ptr() == tied.lm_head.strips.data_ptr()
+    assert isinstance(untied.embed_tokens, torch.nn.Embedding)
+
+
+@kernels
+def test_an_embedding_that_was_untied_by_hand_stays_one() -> None:
+    assert native.load()
+    model = random_model(CONFIG, torch.bfloat16)
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach() * 2)
+    fast = accelerate(model, plan=Plan("bf16-strips", True, "", "", 16))
+    assert isinstance(fast.embed_tokens, torch.nn.Embedding)
+
+
+@kernels
+def test_weights_as_stored_give_the_same_products_and_are_not_copied() -> None:
+    assert native.load()
+    model = random_model(QWEN, torch.bfloat16)
+    exact = prefill_and_decode(copy.deepcopy(model).float(), torch.float32)
+    readable = (prefill_and_decode(model, torch.bfloat16) - exact).norm()
+    places = {parameter.data_ptr() for parameter in model.parameters() if parameter.dim() == 2}
+    fast = accelerate(model, once=True, plan=None)
+    if describe(fast)["kernels"] == {"plain": 7 * QWEN.num_layers + 1}:  # no matrix unit here
+        assert {p.data_ptr() for p in fast.parameters() if p.dim() == 2} == places
+        assert fast.layers[0].self_attn.skips_hidden
+    assert 0 < (prefill_and_decode(fast, torch.bfloat16) - exact).norm() < 1.5 * readable
+
+
+@kernels
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize(("n", "k"), [(33, 1), (64, 100), (40, 2048), (16, 129)])
+def test_rows_times_weights_as_stored(n: int, k: int, wide: bool) -> None:
+    assert native.load()
+    w, x = numbers(n, k).bfloat16(), numbers(2, 3, k, seed=1).bfloat16()
+    exact = x.float() @ w.float().T
+    assert relative(torch.ops.axon.bf16_stored(x, w, wide), exact) < 0.004
+
+
+@kernels
+def test_what_the_kernels_cannot_take_is_refused() -> None:
+    assert native.load()
+    output = Bf16Strips([numbers(32, 64).bfloat16()])
+    with pytest.raises(RuntimeError, match="no activations of this type"):
+        output(numbers(2, 64))
+    with pytest.raises(RuntimeError, match="no weights for 96 inputs"):
+        output(numbers(2, 96).bfloat16())
+    for token in (-1, 32):
+        with pytest.raises(RuntimeError, match="there is no row"):
+            StripEmbedding(output)(torch.tensor([[token]]))
+    q, mask = numbers(1, 2, 1, 64), torch.ones(1, 1, 1, 9, dtype=torch.bool)
+    k = numbers(1, 2, 9, 64).bfloat16()
+    with pytest.raises(RuntimeError, match="bfloat16 heads"):
+        torch.ops.axon.bf16_attention(q, k, k, mask, False)
+
+
+@kernels
+def test_a_score_that_is_not_a_number_shows() -> None:
+    assert native.load()
+    q, k, v = (numbers(1, 2, T, 64, seed=T).bfloat16() for T in (1, 70, 71))
+    k[0, 0, 3, 5] = math.nan
+    y = attend_in_strips(False)(q, k, v[:, :, :70], torch.ones(1, 1, 1, 70, dtype=torch.bool))
+    assert y[0, 0].isnan().all()
+    assert y[0, 1].isfinite().all()
 
 
 @kernels

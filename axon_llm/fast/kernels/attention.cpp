@@ -15,7 +15,7 @@
 #include <cmath>
 #include <limits>
 
-#include "strips.h"
+#include "formats.h"
 
 namespace {
 
@@ -26,7 +26,7 @@ inline int64_t round_up(int64_t size, int64_t multiple) { return (size + multipl
 
 // e to the power of x, for x not above 0: 2^n times a polynomial in what remains, to about float32's last bit.
 inline __m512 exponential(__m512 x) {
-  x = _mm512_max_ps(x, _mm512_set1_ps(-104.0f));
+  x = _mm512_max_ps(_mm512_set1_ps(-104.0f), x);  // in this order: what is not a number stays so
   const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)),
                                         _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693145752f), x);  // ln 2 in two parts
@@ -34,35 +34,6 @@ inline __m512 exponential(__m512 x) {
   __m512 p = _mm512_set1_ps(1.0f / 720);
   for (float c : {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c));
   return _mm512_scalef_ps(p, n);
-}
-
-// Sixteen registers of sixteen words, turned: word i of register j becomes word j of register i.
-inline void turn(__m512i* r) {
-  __m512i t[16];
-#pragma GCC unroll 8
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 16; i += 4) {
-    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-  }
-#pragma GCC unroll 2
-  for (int i = 0; i < 16; i += 8)
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; j++) {
-      t[i + j] = _mm512_shuffle_i32x4(r[i + j], r[i + j + 4], 0x88);
-      t[i + j + 4] = _mm512_shuffle_i32x4(r[i + j], r[i + j + 4], 0xdd);
-    }
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; i++) {
-    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
-  }
 }
 
 inline __mmask32 first(int64_t count) { return count >= 32 ? ~0u : count <= 0 ? 0 : (1u << count) - 1; }
@@ -209,6 +180,11 @@ void attend_rows(const Shape& z, const uint16_t* const* queries, int64_t begin, 
 template <class Format>
 Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& mask) {
   const Shape z{q.size(0), q.size(1), k.size(1), q.size(1) / k.size(1), q.size(2), k.size(2), q.size(3)};
+  STD_TORCH_CHECK(q.scalar_type() == BFLOAT16 && k.scalar_type() == BFLOAT16 && v.scalar_type() == BFLOAT16 &&
+                      q.stride(3) == 1 && k.stride(3) == 1 && v.stride(3) == 1,
+                  "bfloat16 heads with their channels side by side are wanted");
+  STD_TORCH_CHECK(mask.size(1) == 1 && mask.size(2) == z.T && mask.size(3) == z.S,
+                  "a mask [B or 1, 1, T, S] is wanted");
   Tensor y = blank({z.B, z.Hq, z.T, z.D}, q);
   const Tensor seen = in_order(mask);  // [B or 1, 1, T, S]
   const auto* query = static_cast<const uint16_t*>(q.const_data_ptr());

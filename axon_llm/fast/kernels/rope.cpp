@@ -11,6 +11,8 @@ namespace {
 
 // x [B, T, H, D], turned by cosines and sines [B, 1, T, D]; bfloat16.
 Tensor rotate(const Tensor& x, const Tensor& cos, const Tensor& sin) {
+  STD_TORCH_CHECK(x.scalar_type() == BFLOAT16 && cos.scalar_type() == BFLOAT16 && x.stride(3) == 1,
+                  "bfloat16 heads with their channels side by side are wanted");
   const int64_t T = x.size(1), H = x.size(2), D = x.size(3), half = D / 2;
   Tensor y = blank({x.size(0), T, H, D}, x);
   const auto* in = static_cast<const uint16_t*>(x.const_data_ptr());
