@@ -71,6 +71,7 @@ def main() -> int:
             head = _measured(f"{title}, {precision}", words, sections)
             decode = next(row for row in head["rows"] if row["kind"] == "tg")
             shares.setdefault(title, {})[precision] = decode["share_of_ceiling"]
+            _write(options.out, head, options.repetitions, sections)
         words = ["-m", model, "--dtype", "bfloat16", "-p", "0", "-n", str(tokens // 2), "-d", "128", *repeat]
         words += [word for size in (1, 2, 4, 8, 16) for word in ("-b", str(size))]
         batches = _measured(f"{title}, bfloat16, by sequences decoding together", words, sections)
@@ -86,6 +87,7 @@ def main() -> int:
         words += [word for depth in (128, 512, 2048, 4096, 8000) for word in ("-d", str(depth))]
         depths = _measured(f"{title}, bfloat16, by tokens in the cache", words, sections)
         sections += [_slope(depths), ""]
+        _write(options.out, head, options.repetitions, sections)
         _draw(title, batches["rows"], depths["rows"], shares[title], options.out)
         sections += [f"![{title}: limits, batches, contexts](benchmarks-{title.split()[0].lower()}.svg)", ""]
         shape = model.removeprefix("random:")
@@ -93,15 +95,23 @@ def main() -> int:
         startup_words = ["-m", shape, "-r", str(options.repetitions), *program]
         startup_words += ["--compiled"] if tokens > 100 else []  # the compiler's share is the same for both shapes
         _program(f"{title}, start of a process", "startup", startup_words, startup.render, sections)
+        _write(options.out, head, options.repetitions, sections)
         _program(
             f"{title}, speculation", "speculation", ["-m", model, "-r", str(options.repetitions)],
             lambda report: speculation.render(report["rows"]), sections,
         )  # fmt: skip
+        _write(options.out, head, options.repetitions, sections)
+    print(f"written: {options.out / 'benchmarks.md'}", file=sys.stderr)
+    return 0
+
+
+def _write(out: Path, head: dict[str, Any], repetitions: int, sections: list[str]) -> None:
+    """Write what has been measured so far: a run takes half an hour, and may be stopped."""
     page = [
         "# Benchmarks",
         "",
         f"Measured on {date.today().isoformat()} by `make bench`: {head['hardware']}, torch {head['torch']}, Python "
-        f"{head['python']}, commit {head['commit']}. Random weights (never zero), medians of {options.repetitions} "
+        f"{head['python']}, commit {head['commit']}. Random weights (never zero), medians of {repetitions} "
         "interleaved repetitions after one warm-up. `pp512` prefills 512 tokens; `tg24 @ d512` decodes 24 tokens with "
         '512 in the cache. "Of the limit" holds decode against reading weights and cache once at the read bandwidth '
         "measured right before and after, and prefill against the rate of a large matrix product of the same kind. "
@@ -109,9 +119,7 @@ def main() -> int:
         "",
         *sections,
     ]
-    (options.out / "benchmarks.md").write_text("\n".join(page), encoding="utf-8")
-    print(f"written: {options.out / 'benchmarks.md'}", file=sys.stderr)
-    return 0
+    (out / "benchmarks.md").write_text("\n".join(page), encoding="utf-8")
 
 
 def _against(peer: str) -> list[str]:

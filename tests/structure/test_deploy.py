@@ -41,7 +41,7 @@ def test_every_image_is_a_target_of_the_dockerfile() -> None:
 
 def test_every_axon_variable_is_one_that_the_program_reads() -> None:
     known = {f"AXON_{name.upper()}" for name in SessionManagerSettings.model_fields}
-    known |= {f"{name}_FILE" for name in known} | {"AXON_MODEL"}
+    known |= {f"{name}_FILE" for name in known} | {"AXON_MODEL", "AXON_KERNEL_CACHE"}
     session_manager, worker = containers()["session-manager"], containers()["worker"]
     used = {entry["name"] for c in (session_manager, worker) for entry in c["env"]}
     used |= set(re.findall(r"\b(AXON_[A-Z_]+)=", DOCKERFILE))
