@@ -82,7 +82,7 @@ def main() -> int:
             peers = ["transformers", *(f"gpt-fast:{folder}" for folder in [os.environ.get("AXON_GPT_FAST")] if folder)]
             words = ["-m", model, "--dtype", "bfloat16", "-p", "0", "-n", "16", "-d", "512", "-b", "1", "--compile"]
             words += [*repeat, *(word for peer in peers for word in ("--against", peer))]
-            _measured(f"{title}, bfloat16, programs in PyTorch", words, sections)
+            _measured(f"{title}, bfloat16, programs in PyTorch", words, sections, required=False)
         words = ["-m", model, "--dtype", "bfloat16", "-p", "0", "-n", "16", "-b", "1", *repeat]
         words += [word for depth in (128, 512, 2048, 4096, 8000) for word in ("-d", str(depth))]
         depths = _measured(f"{title}, bfloat16, by tokens in the cache", words, sections)
@@ -127,17 +127,20 @@ def _against(peer: str) -> list[str]:
     return ["--against", peer] if shutil.which(os.environ.get("AXON_LLAMA_BENCH", "llama-bench")) else []
 
 
-def _measured(title: str, words: list[str], sections: list[str]) -> dict[str, Any]:
-    """Run ``axon bench``, add its section to the page, and return its report."""
+def _measured(title: str, words: list[str], sections: list[str], *, required: bool = True) -> dict[str, Any]:
+    """Run ``axon bench``, add its section to the page, and return its report: empty if it failed but may fail."""
     print(f"{title} …", file=sys.stderr)
     package = __package__ or "cli"
     done = subprocess.run(
         [sys.executable, "-m", f"{package}.main", "bench", *words, "-o", "json"],
         stdout=subprocess.PIPE,
         text=True,
-        check=True,
+        check=required,
         cwd=DOCS.parent,
     )
+    if done.returncode:
+        print(f"not measured: {shlex.join(words)}", file=sys.stderr)
+        return {}
     report: dict[str, Any] = json.loads(done.stdout)
     shown = shlex.join("gpt-fast:FOLDER" if word.startswith("gpt-fast:") else word for word in words)
     sections += [f"## {title}", "", f"`axon bench {shown}`", "", render(report, "md"), ""]

@@ -181,12 +181,27 @@ class GptFast(DecodePeer):
             if buffer.is_floating_point():
                 buffer.normal_()
 
-        def step(token: Tensor, position: Tensor) -> Tensor:
-            found: Tensor = model(token, position)
-            return found
-
+        step = _with_block_mask(model) if "mask" in inspect.signature(model.forward).parameters else model
         self._step_compiled = torch.compile(step, mode="reduce-overhead", fullgraph=True) if compile else step
 
     def logits(self, token: Tensor, position: Tensor) -> Tensor:
         """One step; what is in the cache has no bearing on speed."""
-        return self._step_compiled(token, position)
+        found: Tensor = self._step_compiled(token, position)
+        return found
+
+
+def _with_block_mask(model: Any) -> Callable[[Tensor, Tensor], Tensor]:
+    """A decode step of gpt-fast since it uses flex attention: it takes a row of a mask of blocks that is made once."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    length = model.max_seq_length
+    device = model.output.weight.device
+    whole: Any = create_block_mask(lambda b, h, q, kv: q >= kv, 1, 1, length, length, device=device)
+
+    def step(token: Tensor, position: Tensor) -> Tensor:
+        mask = whole[:, :, position // whole.BLOCK_SIZE[0]]
+        mask.mask_mod, mask.seq_lengths = whole.mask_mod, (1, length)
+        found: Tensor = model(mask, token, position)
+        return found
+
+    return step

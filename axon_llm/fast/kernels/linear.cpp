@@ -6,9 +6,12 @@
 
 namespace {
 
-// How much of `count` a thread takes at a time: an eighth of its share.
-inline int64_t piece(int64_t count) {
-  return std::max<int64_t>(1, count / (8 * static_cast<int64_t>(torch::stable::get_num_threads())));
+// How many of `count` parts of a weight a thread takes at a time: an eighth of its share, or all of it if the weight is
+// small: taking pieces costs a small product more than waiting for the other threads.
+inline int64_t piece(int64_t count, int64_t bytes) {
+  constexpr int64_t SMALL = 4 << 20;
+  const int64_t threads = torch::stable::get_num_threads(), shares = bytes < SMALL ? threads : 8 * threads;
+  return (count + shares - 1) / shares;
 }
 
 // y [R, N] = x [R, K] times the weights of all strips; threads share the strips.
@@ -18,7 +21,7 @@ void multiply(const X* x, const uint8_t* strips, const float* scales, X* y, int6
   Activations a;
   Format::prepare(x, R, K, blocks, a);
   const int64_t count = (N + LANES - 1) / LANES;
-  share(count, piece(count), [&](int64_t begin, int64_t end) {
+  share(count, piece(count, count * blocks * Format::BYTES), [&](int64_t begin, int64_t end) {
     alignas(64) typename Format::Sum sums[TOGETHER];
     for (int64_t strip = begin; strip < end; strip++)
       for (int64_t from = 0; from < R; from += TOGETHER) {
@@ -123,7 +126,7 @@ Tensor stored(const Tensor& x, const Tensor& weight, bool wide) {
   const auto* in = static_cast<const uint16_t*>(rows.const_data_ptr());
   const auto* w = static_cast<const uint16_t*>(weight.const_data_ptr());
   auto* out = static_cast<uint16_t*>(y.mutable_data_ptr());
-  share(N, piece(N), [&](int64_t begin, int64_t end) {
+  share(N, piece(N, 2 * N * K), [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; n++)
       for (int64_t r = 0; r < R; r++) store(out + r * N + n, _mm512_set1_ps(dot(in + r * K, w + n * K, K, wide)), 1);
   });
