@@ -50,8 +50,7 @@ void multiply(const X* x, const uint8_t* strips, const float* scales, X* y, int6
 
 template <class Format, bool FLOAT32 = true>
 Tensor product(const Tensor& x, const Tensor& strips, const float* scales, int64_t N) {
-  std::vector<int64_t> shape;
-  for (int64_t d = 0; d < x.dim(); d++) shape.push_back(x.size(d));
+  std::vector<int64_t> shape = sizes(x);
   const int64_t K = shape.back(), R = x.numel() / K;
   shape.back() = N;
   const auto type = x.scalar_type();
@@ -115,8 +114,7 @@ inline float dot(const uint16_t* a, const uint16_t* b, int64_t K, bool wide) {
 
 // A few rows times a weight [N, K] as it lies in a checkpoint. Slower than strips, and nothing had to be laid out.
 Tensor stored(const Tensor& x, const Tensor& weight, bool wide) {
-  std::vector<int64_t> shape;
-  for (int64_t d = 0; d < x.dim(); d++) shape.push_back(x.size(d));
+  std::vector<int64_t> shape = sizes(x);
   const int64_t K = shape.back(), R = x.numel() / K, N = weight.size(0);
   shape.back() = N;
   STD_TORCH_CHECK(x.scalar_type() == BFLOAT16 && weight.scalar_type() == BFLOAT16 && weight.size(1) == K,
@@ -158,8 +156,7 @@ void lay_strips(const Tensor& words, Tensor strips) {
 
 // The weights of some output channels, as words: how a model whose output layer is its embedding looks tokens up.
 Tensor strip_rows(const Tensor& strips, const Tensor& channels, int64_t wanted) {
-  std::vector<int64_t> shape;
-  for (int64_t d = 0; d < channels.dim(); d++) shape.push_back(channels.size(d));
+  std::vector<int64_t> shape = sizes(channels);
   shape.push_back(wanted);
   const int64_t words = strips.size(1);
   STD_TORCH_CHECK(channels.scalar_type() == torch::headeronly::ScalarType::Long, "token ids are int64");

@@ -84,6 +84,12 @@ void share(int64_t count, int64_t piece, const Work& work) {
   });
 }
 
+inline std::vector<int64_t> sizes(const Tensor& x) {
+  std::vector<int64_t> all;
+  for (int64_t d = 0; d < x.dim(); d++) all.push_back(x.size(d));
+  return all;
+}
+
 // A tensor without values, of a type and place like another's. PyTorch's own `new_empty` is looked up by name at every
 // call, which takes longer than a small product.
 inline Tensor blank(const std::vector<int64_t>& sizes, const Tensor& like) {
