@@ -1,8 +1,8 @@
 """Attention and rotary positions by our own kernels, where there are any for this CPU: see ``kernels/attention.cpp``.
 
 PyTorch's fused CPU kernel works in blocks that it converts to float32, unless there is a matrix unit to multiply them
-with. Ours multiplies bfloat16 as it is, reads keys and values once for all query heads that share them, and skips what
-the mask hides: the unused tail of the cache, and the future of a prompt.
+with. Ours multiplies bfloat16 as it is, by the matrix unit where there is one, reads keys and values once for all query
+heads that share them, and skips what the mask hides: the unused tail of the cache, and the future of a prompt.
 
 Legend: B slots · T new tokens · H heads · D head_dim
 """
@@ -38,17 +38,18 @@ class AttentionKernels(NamedTuple):
     skips_hidden: bool = False
 
 
-def attend_in_strips(wide: bool) -> Attend:
+def attend_in_strips(products: ops.Products) -> Attend:
     """As :func:`axon_llm.layers.attention.attend`, up to the order of summation, where the cache is bfloat16 too.
 
     Args:
-        wide: multiply in float32, where that is faster (``ops.wide_products``).
+        products: how to multiply.
     """
+    how = int(products)
 
     def attend_(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         if k.dtype != torch.bfloat16:
             return attend(q, k, v, mask)
-        y: Tensor = torch.ops.axon.bf16_attention(q, k, v, mask, wide)
+        y: Tensor = torch.ops.axon.bf16_attention(q, k, v, mask, how)
         return y
 
     return attend_
@@ -62,13 +63,8 @@ def rotate_at_once(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def fastest_attention(device: torch.device, dtype: torch.dtype) -> AttentionKernels:
     """The fastest for activations of this type on this device."""
-    amx = device.type == "cpu" and ops.has_amx()
-    kernel = attention_kernel(
-        device=device.type,
-        dtype=str(dtype).removeprefix("torch."),
-        amx=amx,
-        strips=device.type == "cpu" and dtype == torch.bfloat16 and not amx and native.load(),
-    )
+    strips = device.type == "cpu" and dtype == torch.bfloat16 and native.load()
+    kernel = attention_kernel(device=device.type, dtype=str(dtype).removeprefix("torch."), strips=strips)
     if kernel == "strips":
-        return AttentionKernels(attend_in_strips(ops.wide_products()), rotate_at_once, skips_hidden=True)
+        return AttentionKernels(attend_in_strips(ops.products()), rotate_at_once, skips_hidden=True)
     return AttentionKernels()

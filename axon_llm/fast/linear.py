@@ -19,8 +19,6 @@ from torch.nn import functional as F
 
 from axon_llm.fast import native, ops
 
-FEW_ROWS = 8  # that weights as stored are multiplied with by our own kernel: more are worth oneDNN's packing on the fly
-
 
 class FastLinear(nn.Module):
     """What all variants share: sizes, a name, and the bytes one step has to read.
@@ -48,7 +46,7 @@ class FastLinear(nn.Module):
 
 
 class PlainLinear(FastLinear):
-    """Weights as stored, a memory map if that is what they are; a few rows by our own kernel or matrix · vector.
+    """Weights as stored, a memory map if that is what they are, multiplied by our own kernel where there is one.
 
     Args:
         weight: ``[N, K]``, kept without a copy.
@@ -63,12 +61,12 @@ class PlainLinear(FastLinear):
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self.on_cpu = weight.device.type == "cpu"
         self.native = self.on_cpu and weight.dtype == torch.bfloat16 and weight.is_contiguous() and native.loaded()
-        self.wide = self.native and ops.wide_products()
+        self.products = int(ops.products()) if self.native else 0
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` ``[…, K]`` → ``[…, N]``."""
-        if self.native and x.numel() <= FEW_ROWS * self.in_features:
-            y: Tensor = torch.ops.axon.bf16_stored(x, self.weight, self.wide)
+        if self.native:
+            y: Tensor = torch.ops.axon.bf16_stored(x, self.weight, self.products)
         elif self.on_cpu and x.numel() == self.in_features:
             y = (torch.ops.axon.gemv if torch.compiler.is_compiling() else ops.gemv)(x, self.weight)
         else:

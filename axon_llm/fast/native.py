@@ -28,7 +28,7 @@ from pathlib import Path
 FOLDER = Path(__file__).with_name("kernels")
 COMPILE_LIMIT_S = 300
 NEEDED = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni")
-OPTIONAL = ("avx512_bf16",)
+OPTIONAL = (("avx512_bf16",), ("amx_tile", "amx_bf16", "amx_int8"))  # all of a set or none
 
 
 class Unavailable(Exception):
@@ -57,6 +57,14 @@ def loaded() -> bool:
     import torch
 
     return bool(torch._C._dispatch_has_kernel_for_dispatch_key("axon::bf16_strips", "CPU"))
+
+
+@cache
+def tiles() -> bool:
+    """Whether the kernels may use the processor's matrix unit (Intel AMX) in this process."""
+    import ctypes
+
+    return load() and bool(ctypes.CDLL(str(built())).axon_tiles())
 
 
 def built() -> Path:
@@ -118,8 +126,8 @@ def _flags() -> list[str]:
     present = processor_flags()
     if missing := [name for name in NEEDED if name not in present]:
         raise Unavailable(f"this processor ({platform.machine()}) has no {', '.join(missing)}")
-    used = [*NEEDED, *(name for name in OPTIONAL if name in present)]
-    return ["-mfma", *(f"-m{name.replace('_', '')}" for name in used)]
+    used = [*NEEDED, *(name for names in OPTIONAL if present.issuperset(names) for name in names)]
+    return ["-mfma", *(f"-m{name.replace('_', '-' if name.startswith('amx') else '')}" for name in used)]
 
 
 def _library(flags: list[str]) -> Path:

@@ -14,22 +14,25 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from enum import IntEnum
 from functools import cache
 
 import torch
 from torch import Tensor
 
+from axon_llm.fast import native
+
 _library = torch.library.Library("axon", "DEF")
 _library.define("gemv(Tensor x, Tensor weight) -> Tensor")
 _library.define("packed_linear(Tensor x, Tensor packed, Tensor? bias, int out_features) -> Tensor")
 _library.define("int8_linear(Tensor q, Tensor packed, Tensor scale, Tensor zero, bool wide) -> Tensor")
-_library.define("bf16_strips(Tensor x, Tensor strips, int out_features, bool wide) -> Tensor")
-_library.define("int8_strips(Tensor x, Tensor strips, Tensor scale, int out_features) -> Tensor")
-_library.define("int4_strips(Tensor x, Tensor strips, int out_features) -> Tensor")
-_library.define("bf16_stored(Tensor x, Tensor weight, bool wide) -> Tensor")
+_library.define("bf16_strips(Tensor x, Tensor strips, int out_features, int products) -> Tensor")
+_library.define("int8_strips(Tensor x, Tensor strips, Tensor scale, int out_features, int products) -> Tensor")
+_library.define("int4_strips(Tensor x, Tensor strips, int out_features, int products) -> Tensor")
+_library.define("bf16_stored(Tensor x, Tensor weight, int products) -> Tensor")
 _library.define("lay_strips(Tensor words, Tensor(a!) strips) -> ()")
 _library.define("strip_rows(Tensor strips, Tensor channels, int words) -> Tensor")
-_library.define("bf16_attention(Tensor q, Tensor k, Tensor v, Tensor mask, bool wide) -> Tensor")
+_library.define("bf16_attention(Tensor q, Tensor k, Tensor v, Tensor mask, int products) -> Tensor")
 _library.define("bf16_rotate(Tensor x, Tensor cos, Tensor sin) -> Tensor")
 _library.define("int8_few(Tensor x, Tensor q, Tensor scale) -> Tensor")
 _library.define("int4_few(Tensor x, Tensor halves, Tensor scale, Tensor middle) -> Tensor")
@@ -144,6 +147,22 @@ def wide_products() -> bool:
     return 1.25 * quickest(lambda: wide @ wide.T) < quickest(lambda: narrow @ narrow.T)
 
 
+class Products(IntEnum):
+    """How our own kernels multiply; the numbers are those of ``kernels/strips.h``."""
+
+    PAIRS = 0  # by the vector unit
+    WIDE = 1  # by the vector unit, bfloat16 weights in float32
+    TILES = 2  # by the matrix unit
+
+
+@cache
+def products() -> Products:
+    """The fastest way on this CPU; compiles and loads the kernels if nobody has."""
+    if native.tiles():
+        return Products.TILES
+    return Products.WIDE if wide_products() else Products.PAIRS
+
+
 @cache
 def few_rows_kernels() -> bool:
     """The kernels of ``weight_only.py`` can be used: Triton is installed. Where not, one line on stderr says so."""
@@ -181,22 +200,22 @@ def _int8_linear_shape(q: Tensor, packed: Tensor, scale: Tensor, zero: Tensor, w
 
 
 @torch.library.register_fake("axon::bf16_strips", lib=_library)
-def _bf16_strips_shape(x: Tensor, strips: Tensor, out_features: int, wide: bool) -> Tensor:
+def _bf16_strips_shape(x: Tensor, strips: Tensor, out_features: int, products: int) -> Tensor:
     return x.new_empty(*x.shape[:-1], out_features)
 
 
 @torch.library.register_fake("axon::int8_strips", lib=_library)
-def _int8_strips_shape(x: Tensor, strips: Tensor, scale: Tensor, out_features: int) -> Tensor:
+def _int8_strips_shape(x: Tensor, strips: Tensor, scale: Tensor, out_features: int, products: int) -> Tensor:
     return x.new_empty(*x.shape[:-1], out_features)
 
 
 @torch.library.register_fake("axon::int4_strips", lib=_library)
-def _int4_strips_shape(x: Tensor, strips: Tensor, out_features: int) -> Tensor:
+def _int4_strips_shape(x: Tensor, strips: Tensor, out_features: int, products: int) -> Tensor:
     return x.new_empty(*x.shape[:-1], out_features)
 
 
 @torch.library.register_fake("axon::bf16_stored", lib=_library)
-def _bf16_stored_shape(x: Tensor, weight: Tensor, wide: bool) -> Tensor:
+def _bf16_stored_shape(x: Tensor, weight: Tensor, products: int) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
@@ -206,7 +225,7 @@ def _strip_rows_shape(strips: Tensor, channels: Tensor, words: int) -> Tensor:
 
 
 @torch.library.register_fake("axon::bf16_attention", lib=_library)
-def _bf16_attention_shape(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, wide: bool) -> Tensor:
+def _bf16_attention_shape(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, products: int) -> Tensor:
     return q.new_empty(q.shape)
 
 

@@ -44,8 +44,8 @@ def choose(
     quantize: str | None,
     amx: bool,
     fp8: bool = False,
-    wide: bool = False,
     strips: bool = False,
+    products: str = "bfloat16",
     once: bool = False,
 ) -> Plan:
     """Decide how weights are stored and multiplied.
@@ -55,10 +55,10 @@ def choose(
         dtype: of the activations, ``"bfloat16"``, ``"float16"`` or ``"float32"``.
         rows: rows of a decode step (slots).
         quantize: ``"int8"``, ``"int4"``, ``"fp8"`` or ``None``.
-        amx: the CPU has matrix tiles (Intel AMX).
+        amx: PyTorch's kernels use the CPU's matrix unit (Intel AMX).
         fp8: the device multiplies fp8 (Nvidia Hopper and later).
-        wide: the CPU multiplies float32 faster than bfloat16 (``ops.wide_products``).
         strips: there are kernels of our own for this CPU (``native.py``).
+        products: how those multiply bfloat16 fastest: ``"bfloat16"``, ``"float32"`` or ``"tiles"``.
         once: for one answer only, which copying all weights into another layout would delay by more than it saves.
 
     Raises:
@@ -82,18 +82,19 @@ def choose(
         many = "converted, then cuBLAS"
         return Plan("int8", True, few, many, 8) if quantize == "int8" else Plan("int4", True, few, many, 5)
     strips = strips and dtype != "float16"
-    # A matrix unit multiplies many rows several times as fast as our kernels, which do not use it; but not by int4.
+    tiles = products == "tiles"
+    unit = ", by the matrix unit" if tiles else ""
     if strips and quantize == "int4":
         how = "strips, activations rounded to int8 by row and group of 32"
-        return Plan("int4-strips", True, how, how, 5)
-    if strips and quantize == "int8" and not amx:
-        how = "strips, activations rounded to int8 by row"
+        return Plan("int4-strips", True, how, "strips, widened to bfloat16" + unit if tiles else how, 5)
+    if strips and quantize == "int8":
+        how = "strips, activations rounded to int8 by row" + unit
         return Plan("int8-strips", True, how, how, 8)
-    if strips and quantize is None and dtype == "bfloat16" and not amx and once:
-        return Plan("plain", True, "our own kernel, on the weights as stored", "oneDNN, packed on the fly", width)
-    if strips and quantize is None and dtype == "bfloat16" and not amx:
-        how = f"strips, products in {'float32' if wide else 'bfloat16'}"
-        return Plan("bf16-strips", True, how, how, width)
+    if strips and dtype == "bfloat16":
+        how = unit or f", products in {products}"
+        if once:
+            return Plan("plain", True, "our own kernel, on the weights as stored", "laid in strips on the fly" + how, width)
+        return Plan("bf16-strips", True, "strips" + how, "strips" + how, width)
     if quantize == "int8":
         how = "oneDNN u8·s8, one activation scale per row"
         return Plan("int8", True, how, how, 8)
@@ -106,13 +107,12 @@ def choose(
     return Plan("packed", True, "oneDNN, packed once", "oneDNN, packed once", width)
 
 
-def attention_kernel(*, device: str, dtype: str, amx: bool, strips: bool) -> Literal["fused", "strips"]:
+def attention_kernel(*, device: str, dtype: str, strips: bool) -> Literal["fused", "strips"]:
     """Decide how attention is computed over the cache.
 
     Args:
         device: ``"cpu"`` or ``"cuda"``.
         dtype: of queries, keys and values.
-        amx: the CPU has matrix tiles, which PyTorch's fused kernel uses.
         strips: there are kernels of our own for this CPU.
     """
-    return "strips" if device == "cpu" and dtype == "bfloat16" and strips and not amx else "fused"
+    return "strips" if device == "cpu" and dtype == "bfloat16" and strips else "fused"

@@ -75,18 +75,18 @@ def plan_for(device: torch.device, dtype: torch.dtype, quantize: str | None, row
         UsageError: an unknown quantisation, or one this device does not have.
     """
     on_cpu = device.type == "cpu"
-    amx = on_cpu and ops.has_amx()
     # Not asked for where they would not be used: asking compiles them.
-    useful = on_cpu and (quantize == "int4" or (not amx and (quantize == "int8" or dtype == torch.bfloat16)))
+    useful = on_cpu and dtype != torch.float16 and (quantize is not None or dtype == torch.bfloat16)
+    strips = useful and native.load()
     return choose(
         device=device.type,
         dtype=str(dtype).removeprefix("torch."),
         rows=rows,
         quantize=quantize,
-        amx=amx,
+        amx=on_cpu and ops.has_amx(),
         fp8=device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0),
-        wide=on_cpu and ops.wide_products(),
-        strips=useful and dtype != torch.float16 and native.load(),
+        strips=strips,
+        products=("bfloat16", "float32", "tiles")[ops.products()] if strips else "",
         once=once,
     )
 

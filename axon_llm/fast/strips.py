@@ -107,6 +107,7 @@ class StripLinear(FastLinear):
 
     def __init__(self, strips: Tensor, in_features: int, out_features: int, bias: Tensor | None = None) -> None:
         super().__init__(in_features, out_features)
+        self.products = int(ops.products())
         self.register_buffer("strips", strips)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
@@ -138,11 +139,10 @@ class Bf16Strips(StripLinear):
     def __init__(self, weights: Sequence[Tensor], bias: Tensor | None = None) -> None:
         count = sum(len(weight) for weight in weights)
         super().__init__(lay_bf16([weight.detach() for weight in weights]), weights[0].shape[1], count, bias)
-        self.wide = ops.wide_products()
 
     def multiply(self, x: Tensor) -> Tensor:
-        """In pairs, or in float32 where that is faster."""
-        y: Tensor = torch.ops.axon.bf16_strips(x, self.strips, self.out_features, self.wide)
+        """In bfloat16, or in float32 where that is faster."""
+        y: Tensor = torch.ops.axon.bf16_strips(x, self.strips, self.out_features, self.products)
         return y
 
 
@@ -195,7 +195,7 @@ class Int8Strips(StripLinear):
 
     def multiply(self, x: Tensor) -> Tensor:
         """In integers, scaled at the end."""
-        y: Tensor = torch.ops.axon.int8_strips(x, self.strips, self.scale, self.out_features)
+        y: Tensor = torch.ops.axon.int8_strips(x, self.strips, self.scale, self.out_features, self.products)
         return y
 
     @property
@@ -210,6 +210,6 @@ class Int4Strips(StripLinear):
     kind = "int4-strips"
 
     def multiply(self, x: Tensor) -> Tensor:
-        """In integers by groups, whose sums are scaled and added in float32."""
-        y: Tensor = torch.ops.axon.int4_strips(x, self.strips, self.out_features)
+        """In integers by groups, whose sums are scaled and added in float32; many rows by tiles in bfloat16."""
+        y: Tensor = torch.ops.axon.int4_strips(x, self.strips, self.out_features, self.products)
         return y

@@ -15,14 +15,12 @@
 #include <cmath>
 #include <limits>
 
-#include "formats.h"
+#include "tiles.h"
 
 namespace {
 
 constexpr int64_t PIECE = 64;  // positions
 constexpr int64_t ROWS = 64;   // of a task, at most
-
-inline int64_t round_up(int64_t size, int64_t multiple) { return (size + multiple - 1) / multiple * multiple; }
 
 // e to the power of x, for x not above 0: 2^n times a polynomial in what remains, to about float32's last bit.
 inline __m512 exponential(__m512 x) {
@@ -69,30 +67,51 @@ inline void lay_values(const uint16_t* v, int64_t stride, int64_t count, int64_t
 }
 
 // Sixteen weights of row r, for positions s and up of a piece, as words of the format's activations.
-inline void put(const Pairs&, int32_t* words, int64_t R, int64_t r, int64_t s, __m512 p) {
-  int32_t* block = words + (s / Pairs::INPUTS * R + r) * Pairs::WORDS;
+inline void put(const Pairs&, int32_t* words, int64_t rows, int64_t r, int64_t s, __m512 p) {
+  int32_t* block = words + (s / Pairs::INPUTS * rows + r) * Pairs::WORDS;
   store(reinterpret_cast<uint16_t*>(block) + s % Pairs::INPUTS, p, 0xffff);
 }
-inline void put(const WidePairs&, int32_t* words, int64_t R, int64_t r, int64_t s, __m512 p) {
-  int32_t* block = words + (s / Pairs::INPUTS * R + r) * WidePairs::WORDS;
+inline void put(const WidePairs&, int32_t* words, int64_t rows, int64_t r, int64_t s, __m512 p) {
+  int32_t* block = words + (s / Pairs::INPUTS * rows + r) * WidePairs::WORDS;
   _mm512_storeu_ps(reinterpret_cast<float*>(block) + s % Pairs::INPUTS, p);
 }
 
-// sums [strips, R] += the rows of `a` times strips, one after the other. Meanwhile the processor fetches what is needed
-// `next`: as many bytes as the strips have.
+// By the vector unit: sums [strips, rows] += the rows of `a` times strips, one after the other. What is needed `next`
+// has as many bytes as the strips.
 template <class Format>
-inline void add_product(const Activations& a, int64_t R, int64_t blocks, int64_t count, const uint8_t* strips,
-                        __m512* sums, const uint16_t* next) {
-  const auto* ahead = reinterpret_cast<const char*>(next);
-  for (int64_t strip = 0; strip < count; strip++, sums += R)
-    for (int64_t b = 0; b < blocks; b++, strips += Format::BYTES, ahead += Format::BYTES) {
-      for (int64_t i = 0; i < Format::BYTES; i += 64) _mm_prefetch(ahead + i, _MM_HINT_T1);
-      const typename Format::Block block(strips);
-      int64_t r = 0;
-      for (; r + 4 <= R; r += 4) Format::template multiply<4>(block, a, b * R + r, sums + r);
-      for (; r < R; r++) Format::template multiply<1>(block, a, b * R + r, sums + r);
+struct Vectors : Format {
+  static int64_t places(int64_t R) { return R; }
+
+  static void add_product(const Activations& a, int64_t blocks, int64_t count, const uint8_t* strips, __m512* sums,
+                          const uint16_t* next) {
+    const auto* ahead = reinterpret_cast<const uint8_t*>(next);
+    for (int64_t strip = 0; strip < count; strip++, sums += a.rows)
+      for (int64_t b = 0; b < blocks; b++, strips += Format::BYTES, ahead += Format::BYTES) {
+        fetch(ahead, Format::BYTES);
+        const typename Format::Block block(strips);
+        int64_t r = 0;
+        for (; r + 4 <= a.rows; r += 4) Format::template multiply<4>(block, a, b * a.rows + r, sums + r);
+        for (; r < a.rows; r++) Format::template multiply<1>(block, a, b * a.rows + r, sums + r);
+      }
+  }
+};
+
+#ifdef __AMX_TILE__
+// The same by the matrix unit.
+struct InTiles : TilePairs {
+  static int64_t places(int64_t R) { return round_up(R, TILE); }
+
+  static void add_product(const Activations& a, int64_t blocks, int64_t count, const uint8_t* strips, __m512* sums,
+                          const uint16_t* next) {
+    fetch(reinterpret_cast<const uint8_t*>(next), count * blocks * BYTES);
+    for (int64_t strip = 0; strip < count; strip += 2, strips += 2 * blocks * BYTES, sums += 2 * a.rows) {
+      const uint8_t* both[2] = {strips, strips + blocks * BYTES};
+      tile_products<InTiles>(a.words, a.rows * WORDS * 4, a.rows, both, 2, blocks, reinterpret_cast<int32_t*>(sums),
+                             a.rows * LANES, true);
     }
-}
+  }
+};
+#endif
 
 struct Shape {
   int64_t B, Hq, Hkv, G, T, S, D;
@@ -102,23 +121,23 @@ struct Shape {
 template <class Format>
 void attend_rows(const Shape& z, const uint16_t* const* queries, int64_t begin, int64_t end, const uint16_t* k,
                  int64_t k_stride, const uint16_t* v, int64_t v_stride, const uint8_t* mask, uint16_t* const* out) {
-  const int64_t R = end - begin, key_blocks = round_up(z.D, Format::INPUTS) / Format::INPUTS;
+  const int64_t R = end - begin, rows = Format::places(R), key_blocks = round_up(z.D, Format::INPUTS) / Format::INPUTS;
   const int64_t value_strips = round_up(z.D, 32) / 16;
   // one after the other, in registers' worth: keys, values, scores, sums
-  const int64_t key_size = PIECE * key_blocks, value_size = PIECE / 2 * value_strips, score_size = PIECE / 16 * R;
-  const Memory owned = memory(16 * (key_size + value_size + score_size + value_strips * R));
+  const int64_t key_size = PIECE * key_blocks, value_size = PIECE / 2 * value_strips, score_size = PIECE / 16 * rows;
+  const Memory owned = memory(16 * (key_size + value_size + score_size + value_strips * rows));
   auto* registers = reinterpret_cast<__m512*>(owned.get());
   auto* keys = reinterpret_cast<uint8_t*>(registers);
   auto* values = reinterpret_cast<uint8_t*>(registers + key_size);
   __m512 *scores = registers + key_size + value_size, *sums = scores + score_size;
-  std::fill(sums, sums + value_strips * R, _mm512_setzero_ps());
+  std::fill(sums, sums + value_strips * rows, _mm512_setzero_ps());
 
-  Activations a, weights;
-  std::vector<uint16_t> rows(R * z.D);
-  for (int64_t r = 0; r < R; r++) std::memcpy(rows.data() + r * z.D, queries[begin + r], z.D * 2);
-  Format::prepare(rows.data(), R, z.D, key_blocks, a);
+  Activations a(rows), weights(rows);
+  std::vector<uint16_t> looking(R * z.D);
+  for (int64_t r = 0; r < R; r++) std::memcpy(looking.data() + r * z.D, queries[begin + r], z.D * 2);
+  Format::prepare(looking.data(), R, z.D, key_blocks, a);
   constexpr int64_t blocks = PIECE / Format::INPUTS;
-  int32_t* words = weights.allocate(blocks * R * Format::WORDS);
+  int32_t* words = weights.allocate(blocks * rows * Format::WORDS);
 
   float most[ROWS], total[ROWS];
   std::fill(most, most + R, -std::numeric_limits<float>::infinity());
@@ -137,19 +156,19 @@ void attend_rows(const Shape& z, const uint16_t* const* queries, int64_t begin, 
     lay_keys(k + s * k_stride, k_stride, count, z.D, keys);
     lay_values(v + s * v_stride, v_stride, count, z.D, values);
     std::fill(scores, scores + score_size, _mm512_setzero_ps());
-    add_product<Format>(a, R, key_blocks, PIECE / 16, keys, scores, k + (s + PIECE) * k_stride);
+    Format::add_product(a, key_blocks, PIECE / 16, keys, scores, k + (s + PIECE) * k_stride);
     for (int64_t r = 0; r < R; r++) {
       const uint8_t* row_mask = mask + (begin + r) / z.G * z.S + s;
       const __m512i bytes = _mm512_maskz_loadu_epi8(count == 64 ? ~0ull : (1ull << count) - 1, row_mask);
       const uint64_t seen = _mm512_test_epi8_mask(bytes, bytes);
       if (seen == 0 && total[r] == 0.0f) {  // nothing yet: no largest score to compare with
-        for (int64_t i = 0; i < PIECE; i += 16) put(Format(), words, R, r, i, _mm512_setzero_ps());
+        for (int64_t i = 0; i < PIECE; i += 16) put(Format(), words, rows, r, i, _mm512_setzero_ps());
         continue;
       }
       __m512 x[4], largest = nothing;
 #pragma GCC unroll 4
       for (int i = 0; i < 4; i++) {
-        x[i] = _mm512_mask_mul_ps(nothing, static_cast<__mmask16>(seen >> (16 * i)), scores[i * R + r], scale);
+        x[i] = _mm512_mask_mul_ps(nothing, static_cast<__mmask16>(seen >> (16 * i)), scores[i * rows + r], scale);
         largest = _mm512_max_ps(largest, x[i]);
       }
       const float before = most[r], now = std::max(before, _mm512_reduce_max_ps(largest));
@@ -160,24 +179,24 @@ void attend_rows(const Shape& z, const uint16_t* const* queries, int64_t begin, 
         const __mmask16 here = static_cast<__mmask16>(seen >> (16 * i));
         const __m512 p = _mm512_maskz_mov_ps(here, exponential(_mm512_sub_ps(x[i], _mm512_set1_ps(now))));
         sum = _mm512_add_ps(sum, p);
-        put(Format(), words, R, r, 16 * i, p);
+        put(Format(), words, rows, r, 16 * i, p);
       }
       most[r] = now;
       total[r] = total[r] * shrink + _mm512_reduce_add_ps(sum);
       if (shrink != 1.0f)
         for (int64_t i = 0; i < value_strips; i++)
-          sums[i * R + r] = _mm512_mul_ps(sums[i * R + r], _mm512_set1_ps(shrink));
+          sums[i * rows + r] = _mm512_mul_ps(sums[i * rows + r], _mm512_set1_ps(shrink));
     }
-    add_product<Format>(weights, R, blocks, value_strips, values, sums, v + (s + PIECE) * v_stride);
+    Format::add_product(weights, blocks, value_strips, values, sums, v + (s + PIECE) * v_stride);
   }
   for (int64_t r = 0; r < R; r++)
     for (int64_t i = 0; i < value_strips; i++) {
-      const __m512 mean = _mm512_mul_ps(sums[i * R + r], _mm512_set1_ps(1.0f / total[r]));
+      const __m512 mean = _mm512_mul_ps(sums[i * rows + r], _mm512_set1_ps(1.0f / total[r]));
       store(out[begin + r] + 16 * i, mean, static_cast<__mmask16>(first(z.D - 16 * i) & 0xffff));
     }
 }
 
-template <class Format>
+template <class Format, class Held = int64_t>
 Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& mask) {
   const Shape z{q.size(0), q.size(1), k.size(1), q.size(1) / k.size(1), q.size(2), k.size(2), q.size(3)};
   STD_TORCH_CHECK(q.scalar_type() == BFLOAT16 && k.scalar_type() == BFLOAT16 && v.scalar_type() == BFLOAT16 &&
@@ -196,6 +215,7 @@ Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& m
   share(z.B * z.Hkv * tasks, 1, [&](int64_t from, int64_t to) {
     std::vector<const uint16_t*> queries(all);
     std::vector<uint16_t*> out(all);
+    [[maybe_unused]] const Held held(TILE);
     for (int64_t task = from; task < to; task++) {
       const int64_t b = task / (z.Hkv * tasks), h = task / tasks % z.Hkv, begin = task % tasks * ROWS;
       const int64_t end = std::min(begin + ROWS, all);
@@ -212,11 +232,14 @@ Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& m
   return y;
 }
 
-Tensor bf16_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& mask, bool wide) {
-#ifdef __AVX512BF16__
-  if (!wide) return attend<Pairs>(q, k, v, mask);
+Tensor bf16_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& mask, int64_t products) {
+#ifdef __AMX_TILE__
+  if (products == TILES && tiles_allowed()) return attend<InTiles, Tiles>(q, k, v, mask);
 #endif
-  return attend<WidePairs>(q, k, v, mask);
+#ifdef __AVX512BF16__
+  if (products != WIDE) return attend<Vectors<Pairs>>(q, k, v, mask);
+#endif
+  return attend<Vectors<WidePairs>>(q, k, v, mask);
 }
 
 }  // namespace

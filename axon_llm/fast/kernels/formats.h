@@ -3,7 +3,7 @@
 // Each format says how activations are prepared, how a block is loaded, how ROWS rows are multiplied by it, and how a
 // sum becomes a result.
 //
-// Read next: linear.cpp.
+// Read next: tiles.h.
 
 #pragma once
 
@@ -29,13 +29,13 @@ struct Pairs {
       a.words = reinterpret_cast<const int32_t*>(x);
       return;
     }
-    int32_t* words = a.allocate(blocks * R * WORDS);
+    int32_t* words = a.allocate(blocks * a.rows * WORDS);
     torch::stable::parallel_for(0, R, 16, [&](int64_t begin, int64_t end) {
       for (int64_t b = 0; b < blocks; b++) {
         const int64_t left = K - b * INPUTS;
         const __mmask32 here = left >= 32 ? ~0u : (1u << left) - 1;
         for (int64_t r = begin; r < end; r++)
-          _mm512_storeu_si512(words + (b * R + r) * WORDS, _mm512_maskz_loadu_epi16(here, x + r * K + b * INPUTS));
+          _mm512_storeu_si512(words + (b * a.rows + r) * WORDS, _mm512_maskz_loadu_epi16(here, x + r * K + b * INPUTS));
       }
     });
   }
@@ -71,13 +71,13 @@ struct WidePairs : Pairs {
   static constexpr int64_t WORDS = 32;
 
   static void prepare(const uint16_t* x, int64_t R, int64_t K, int64_t blocks, Activations& a) {
-    float* words = reinterpret_cast<float*>(a.allocate(blocks * R * WORDS));
+    float* words = reinterpret_cast<float*>(a.allocate(blocks * a.rows * WORDS));
     torch::stable::parallel_for(0, R, 16, [&](int64_t begin, int64_t end) {
       for (int64_t b = 0; b < blocks; b++)
         for (int64_t r = begin; r < end; r++)
           for (int64_t k = 0; k < INPUTS; k += 16) {
             const int64_t from = b * INPUTS + k;
-            _mm512_storeu_ps(words + (b * R + r) * WORDS + k, load(x + r * K + from, K - from));
+            _mm512_storeu_ps(words + (b * a.rows + r) * WORDS + k, load(x + r * K + from, K - from));
           }
     });
   }
@@ -112,7 +112,7 @@ struct Int8 {
 
   template <class X>
   static void prepare(const X* x, int64_t R, int64_t K, int64_t blocks, Activations& a) {
-    int32_t* words = a.allocate(blocks * R * WORDS);
+    int32_t* words = a.allocate(blocks * a.rows * WORDS);
     a.scale.resize(R), a.start.resize(R);
     torch::stable::parallel_for(0, R, 8, [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; r++) {
@@ -123,7 +123,7 @@ struct Int8 {
         const __m512 inverse = _mm512_set1_ps(127.0f / largest);
         __m512i sum = _mm512_setzero_si512();
         for (int64_t k = 0; k < blocks * INPUTS; k += 16) {
-          int8_t* out = reinterpret_cast<int8_t*>(words + (k / INPUTS * R + r) * WORDS) + k % INPUTS;
+          int8_t* out = reinterpret_cast<int8_t*>(words + (k / INPUTS * a.rows + r) * WORDS) + k % INPUTS;
           sum = _mm512_add_epi32(sum, to_bytes(load(row + k, K - k), inverse, out));
         }
         a.scale[r] = largest / 127.0f;
@@ -184,8 +184,9 @@ struct Int4 {
 
   template <class X>
   static void prepare(const X* x, int64_t R, int64_t K, int64_t blocks, Activations& a) {
-    int32_t* words = a.allocate(blocks * R * WORDS);
-    a.scale.resize(2 * blocks * R), a.sum.resize(2 * blocks * R), a.start.resize(2 * blocks * R);
+    int32_t* words = a.allocate(blocks * a.rows * WORDS);
+    const int64_t groups = 2 * blocks * a.rows;
+    a.scale.resize(groups), a.sum.resize(groups), a.start.resize(groups);
     torch::stable::parallel_for(0, R, 8, [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; r++)
         for (int64_t k = 0; k < blocks * INPUTS; k += GROUP) {
@@ -194,7 +195,7 @@ struct Int4 {
           most.add(one), most.add(two);
           const float largest = most.value();
           const __m512 inverse = _mm512_set1_ps(127.0f / largest);
-          const int64_t at = k / INPUTS * R + r, group = 2 * at + k / GROUP % 2;
+          const int64_t at = k / INPUTS * a.rows + r, group = 2 * at + k / GROUP % 2;
           int8_t* out = reinterpret_cast<int8_t*>(words + at * WORDS) + k % INPUTS;
           const __m512i both = _mm512_add_epi32(to_bytes(one, inverse, out), to_bytes(two, inverse, out + 16));
           const int32_t sum = _mm512_reduce_add_epi32(both);
