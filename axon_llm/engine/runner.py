@@ -38,7 +38,7 @@ def chunk_for(device: torch.device) -> int:
 
 def _skips_what_is_hidden(block: nn.Module) -> bool:
     """A layer's attention, replaced by a fast one, skips what its mask hides of a bfloat16 cache."""
-    return bool(getattr(block.self_attn, "skips_hidden", False))
+    return any(getattr(part, "skips_hidden", False) for part in block.modules())
 
 
 class Runner:

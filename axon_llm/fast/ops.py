@@ -34,6 +34,18 @@ _library.define("lay_strips(Tensor words, Tensor(a!) strips) -> ()")
 _library.define("strip_rows(Tensor strips, Tensor channels, int words) -> Tensor")
 _library.define("bf16_attention(Tensor q, Tensor k, Tensor v, Tensor mask, int products) -> Tensor")
 _library.define("bf16_rotate(Tensor x, Tensor cos, Tensor sin) -> Tensor")
+_library.define(
+    "strips_qkv(Tensor x, Tensor norm, float eps, Tensor strips, Tensor? scale, Tensor? bias, Tensor? q_norm,"
+    " Tensor? k_norm, Tensor cos, Tensor sin, int heads, int kv_heads, int kind, int products) -> Tensor"
+)
+_library.define(
+    "strips_add(Tensor x, Tensor strips, Tensor? scale, Tensor? bias, Tensor residual, int kind, int products)"
+    " -> Tensor"
+)
+_library.define(
+    "strips_feed_forward(Tensor x, Tensor norm, float eps, Tensor gate_up, Tensor? gate_up_scale, Tensor down,"
+    " Tensor? down_scale, int intermediate, int kind, int products) -> Tensor"
+)
 _library.define("int8_few(Tensor x, Tensor q, Tensor scale) -> Tensor")
 _library.define("int4_few(Tensor x, Tensor halves, Tensor scale, Tensor middle) -> Tensor")
 
@@ -231,6 +243,30 @@ def _bf16_attention_shape(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, product
 
 @torch.library.register_fake("axon::bf16_rotate", lib=_library)
 def _bf16_rotate_shape(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("axon::strips_qkv", lib=_library)
+def _strips_qkv_shape(
+    x: Tensor, norm: Tensor, eps: float, strips: Tensor, scale: Tensor | None, bias: Tensor | None,
+    q_norm: Tensor | None, k_norm: Tensor | None, cos: Tensor, sin: Tensor, heads: int, kv_heads: int, kind: int,
+    products: int,
+) -> Tensor:  # fmt: skip
+    return x.new_empty(*x.shape[:2], heads + 2 * kv_heads, cos.shape[3])
+
+
+@torch.library.register_fake("axon::strips_add", lib=_library)
+def _strips_add_shape(
+    x: Tensor, strips: Tensor, scale: Tensor | None, bias: Tensor | None, residual: Tensor, kind: int, products: int
+) -> Tensor:
+    return x.new_empty(residual.shape)
+
+
+@torch.library.register_fake("axon::strips_feed_forward", lib=_library)
+def _strips_feed_forward_shape(
+    x: Tensor, norm: Tensor, eps: float, gate_up: Tensor, gate_up_scale: Tensor | None, down: Tensor,
+    down_scale: Tensor | None, intermediate: int, kind: int, products: int,
+) -> Tensor:  # fmt: skip
     return x.new_empty(x.shape)
 
 

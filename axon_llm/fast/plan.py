@@ -93,7 +93,9 @@ def choose(
     if strips and dtype == "bfloat16":
         how = unit or f", products in {products}"
         if once:
-            return Plan("plain", True, "our own kernel, on the weights as stored", "laid in strips on the fly" + how, width)
+            return Plan(
+                "plain", True, "our own kernel, on the weights as stored", "laid in strips on the fly" + how, width
+            )
         return Plan("bf16-strips", True, "strips" + how, "strips" + how, width)
     if quantize == "int8":
         how = "oneDNN u8·s8, one activation scale per row"

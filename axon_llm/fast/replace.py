@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from axon_llm.errors import UsageError
 from axon_llm.fast import native, ops
 from axon_llm.fast.attention import AttentionKernels, fastest_attention
-from axon_llm.fast.blocks import FusedAttention, FusedFeedForward
+from axon_llm.fast.blocks import FusedAttention, FusedFeedForward, StripBlock
 from axon_llm.fast.fp8 import Fp8Linear, quantise_fp8
 from axon_llm.fast.int4 import Int4Linear, Int4WeightLinear, pack
 from axon_llm.fast.int8 import Int8Linear, Int8WeightLinear
@@ -118,9 +118,13 @@ def fuse(
         attention, mlp, prefix = block.self_attn, block.mlp, f"layers.{index}"
         qkv = make(f"{prefix}.self_attn.qkv_proj", _take(attention, "q_proj", "k_proj", "v_proj"))
         out = make(f"{prefix}.self_attn.o_proj", _take(attention, "o_proj"))
-        block.self_attn = FusedAttention(attention, qkv, out, kernels)
         gate_up = make(f"{prefix}.mlp.gate_up_proj", _take(mlp, "gate_proj", "up_proj"))
-        block.mlp = FusedFeedForward(gate_up, make(f"{prefix}.mlp.down_proj", _take(mlp, "down_proj")))
+        down = make(f"{prefix}.mlp.down_proj", _take(mlp, "down_proj"))
+        if fused := StripBlock.where_it_suits(block, (qkv, out, gate_up, down), kernels):
+            blocks[index] = fused
+            continue
+        block.self_attn = FusedAttention(attention, qkv, out, kernels)
+        block.mlp = FusedFeedForward(gate_up, down)
     return model
 
 
@@ -143,7 +147,7 @@ def describe(model: Transformer) -> dict[str, Any]:
     return {
         "kernels": kinds,
         "linear_bytes": total,
-        "fused": any(isinstance(module, FusedAttention) for module in model.modules()),
+        "fused": any(isinstance(module, FusedAttention | StripBlock) for module in model.modules()),
         "plain_linears": untouched,
     }
 

@@ -103,11 +103,14 @@ class StripLinear(FastLinear):
         bias: ``[N]`` or ``None``.
     """
 
+    strip_kind = -1  # as numbered in kernels/linear.h
     strips: Tensor
+    scale: Tensor | None
 
     def __init__(self, strips: Tensor, in_features: int, out_features: int, bias: Tensor | None = None) -> None:
         super().__init__(in_features, out_features)
         self.products = int(ops.products())
+        self.register_buffer("scale", None)
         self.register_buffer("strips", strips)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
@@ -135,6 +138,7 @@ class Bf16Strips(StripLinear):
     """
 
     kind = "bf16-strips"
+    strip_kind = 0
 
     def __init__(self, weights: Sequence[Tensor], bias: Tensor | None = None) -> None:
         count = sum(len(weight) for weight in weights)
@@ -186,6 +190,7 @@ class Int8Strips(StripLinear):
     """
 
     kind = "int8-strips"
+    strip_kind = 1
     scale: Tensor
 
     def __init__(self, strips: Tensor, scale: Tensor, in_features: int, bias: Tensor | None = None) -> None:
@@ -208,6 +213,7 @@ class Int4Strips(StripLinear):
     """int4 weights in groups of 32; activations rounded to int8 with a scale per row and group."""
 
     kind = "int4-strips"
+    strip_kind = 2
 
     def multiply(self, x: Tensor) -> Tensor:
         """In integers by groups, whose sums are scaled and added in float32; many rows by tiles in bfloat16."""

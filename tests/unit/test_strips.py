@@ -10,8 +10,10 @@ import pytest
 import torch
 from test_fast import CONFIG, QWEN, prefill_and_decode, random_model
 
+from axon_llm.config import ModelConfig
 from axon_llm.fast import accelerate, describe, native, ops
 from axon_llm.fast.attention import attend_in_strips
+from axon_llm.fast.blocks import StripBlock
 from axon_llm.fast.plan import Plan, attention_kernel, choose
 from axon_llm.fast.quantise import dequantise_int4, dequantise_int8, quantise_int4, quantise_int8
 from axon_llm.fast.strips import (
@@ -27,12 +29,25 @@ from axon_llm.fast.strips import (
     read_int8,
 )
 from axon_llm.layers.attention import attend
+from axon_llm.model import Transformer
 
 MISSING = sorted(set(native.NEEDED) - native.processor_flags())
 kernels = pytest.mark.skipif(bool(MISSING), reason=f"this processor has no {', '.join(MISSING)}")
-FORMATS = ["bf16", "bf16-wide", "int8", "int4"]
+FORMATS = ["bf16", "int8", "int4"]
 # What rounding the activations costs: half a step of 1/127 of the row's, or the group's, largest.
-CLOSE = {"bf16": 0.004, "bf16-wide": 0.004, "int8": 0.02, "int4": 0.01}
+CLOSE = {"bf16": 0.004, "int8": 0.02, "int4": 0.01}
+
+
+@pytest.fixture(params=list(ops.Products), ids=lambda way: way.name.lower())
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ops.Products:
+    """Each way to multiply that this processor has, as if it were the fastest."""
+    chosen: ops.Products = request.param
+    if MISSING:
+        pytest.skip(f"this processor has no {', '.join(MISSING)}")
+    if chosen == ops.Products.TILES and not native.tiles():
+        pytest.skip("this processor has no matrix unit")
+    monkeypatch.setattr(ops, "products", lambda: chosen)
+    return chosen
 
 
 def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -43,7 +58,7 @@ def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return float((actual.float() - expected.float()).norm() / expected.float().norm())
 
 
-def linear_and_weight(kind: str, n: int, k: int, monkeypatch: pytest.MonkeyPatch) -> tuple[StripLinear, torch.Tensor]:
+def linear_and_weight(kind: str, n: int, k: int) -> tuple[StripLinear, torch.Tensor]:
     """A linear layer in strips, and the weights it stands for."""
     assert native.load()
     w = (numbers(n, k) * 0.1).bfloat16()
@@ -53,7 +68,6 @@ def linear_and_weight(kind: str, n: int, k: int, monkeypatch: pytest.MonkeyPatch
     if kind == "int4":
         values = quantise_int4(w)
         return Int4Strips(lay_int4(*values), k, n), dequantise_int4(*values)
-    monkeypatch.setattr(ops, "wide_products", lambda: kind == "bf16-wide")
     return Bf16Strips([w]), w.float()
 
 
@@ -84,62 +98,77 @@ def test_kernels_lay_strips_as_pytorch_does(sizes: tuple[int, ...], k: int, monk
     assert torch.equal(laid, lay_bf16([torch.cat(parts)]))
 
 
-@kernels
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("kind", FORMATS)
-@pytest.mark.parametrize("rows", [1, 2, 4, 7, 64, 131])
-@pytest.mark.parametrize(("n", "k"), [(64, 128), (96, 1056), (40, 32), (17, 96)])
-def test_the_kernels_compute_the_product(kind: str, rows: int, n: int, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    linear, weight = linear_and_weight(kind, n, k, monkeypatch)
+@pytest.mark.parametrize("rows", [1, 2, 4, 7, 16, 33, 64, 131, 600])
+@pytest.mark.parametrize(("n", "k"), [(64, 128), (96, 1056), (40, 32), (17, 96), (1072, 64)])
+def test_the_kernels_compute_the_product(kind: str, rows: int, n: int, k: int) -> None:
+    linear, weight = linear_and_weight(kind, n, k)
     x = numbers(rows, k, seed=1).bfloat16()
     exact = x.float() @ weight.T
     assert linear(x).shape == exact.shape
     assert relative(linear(x), exact) < CLOSE[kind]
 
 
-@kernels
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("k", [1, 2, 31, 33, 63, 100])
-def test_sizes_that_fill_no_block_are_multiplied_right(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    for kind in ("bf16", "bf16-wide", "int8"):
-        linear, weight = linear_and_weight(kind, 33, k, monkeypatch)
+def test_sizes_that_fill_no_block_are_multiplied_right(k: int) -> None:
+    for kind in ("bf16", "int8"):
+        linear, weight = linear_and_weight(kind, 33, k)
         x = numbers(5, k, seed=1).bfloat16()
         assert relative(linear(x), x.float() @ weight.T) < CLOSE[kind]
 
 
-@kernels
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("rows", [3, 70])
 @pytest.mark.parametrize("kind", ["int8", "int4"])
-def test_float32_activations_stay_float32(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    linear, weight = linear_and_weight(kind, 48, 128, monkeypatch)
-    x = numbers(3, 2, 128, seed=1)
+def test_float32_activations_stay_float32(kind: str, rows: int) -> None:
+    linear, weight = linear_and_weight(kind, 48, 128)
+    x = numbers(rows, 2, 128, seed=1)
     y = linear(x)
     assert y.dtype == torch.float32
     assert relative(y, x @ weight.T) < CLOSE[kind]
 
 
-@kernels
 @pytest.mark.parametrize("kind", FORMATS)
-def test_a_row_is_the_same_to_the_last_bit_whatever_its_batch_mates_are(
-    kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    linear, _ = linear_and_weight(kind, 96, 256, monkeypatch)
-    x = numbers(100, 256, seed=3).bfloat16()
+def test_a_row_is_the_same_to_the_last_bit_whatever_its_batch_mates_are(kind: str, way: ops.Products) -> None:
+    linear, _ = linear_and_weight(kind, 96, 256)
+    most = 63 if kind == "int4" and way == ops.Products.TILES else 1100  # more are not rounded
+    x = numbers(most, 256, seed=3).bfloat16()
     alone = linear(x[:1])
-    for others in (x[1:], x[1:4] * 1000, x[1:3], x[1:8] * 0):
+    for others in (x[1:], x[1:60], x[1:18], x[1:4] * 1000, x[1:3], x[1:8] * 0):
         for place in (0, len(others)):
             batch = torch.cat((others[:place], x[:1], others[place:]))
             assert torch.equal(linear(batch)[place : place + 1], alone)
 
 
 @kernels
+def test_int8_by_the_matrix_unit_is_int8_by_the_vector_unit_to_the_last_bit() -> None:
+    if not native.tiles():
+        pytest.skip("this processor has no matrix unit")
+    linear, _ = linear_and_weight("int8", 100, 200)
+    for rows in (1, 5, 40, 600):
+        x = numbers(rows, 200).bfloat16()
+        both = [
+            torch.ops.axon.int8_strips(x, linear.strips, linear.scale, 100, way)
+            for way in (ops.Products.PAIRS, ops.Products.TILES)
+        ]
+        assert torch.equal(*both)
+
+
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("rows", [5, 70])
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
-def test_what_is_not_a_number_is_not_rounded_to_one(kind: str, broken: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    linear, _ = linear_and_weight(kind, 32, 128, monkeypatch)
-    x = numbers(5, 128).bfloat16()
+def test_what_is_not_a_number_is_not_rounded_to_one(kind: str, rows: int, broken: float) -> None:
+    linear, _ = linear_and_weight(kind, 32, 128)
+    x = numbers(rows, 128).bfloat16()
     clean = linear(x)
     x[2, 17] = broken
     y = linear(x)
+    others = [row for row in range(rows) if row != 2]
     assert not y[2].isfinite().any()
-    assert torch.equal(y[[0, 1, 3, 4]], clean[[0, 1, 3, 4]])
+    assert torch.equal(y[others], clean[others])
 
 
 @kernels
@@ -150,8 +179,6 @@ def test_a_bias_is_added() -> None:
     torch.testing.assert_close(Bf16Strips([w], bias)(x), Bf16Strips([w])(x) + bias)
 
 
-@kernels
-@pytest.mark.parametrize("wide", [False, True], ids=["pairs", "wide"])
 @pytest.mark.parametrize(
     ("B", "Hq", "Hkv", "T", "S", "D"),
     [
@@ -166,7 +193,7 @@ def test_a_bias_is_added() -> None:
 )
 @pytest.mark.parametrize("window", [None, 7, 64])
 def test_attention_is_the_readable_attention(
-    B: int, Hq: int, Hkv: int, T: int, S: int, D: int, window: int | None, wide: bool
+    B: int, Hq: int, Hkv: int, T: int, S: int, D: int, window: int | None, way: ops.Products
 ) -> None:
     assert native.load()
     q = numbers(B, Hq, T, D).bfloat16()
@@ -176,27 +203,23 @@ def test_attention_is_the_readable_attention(
     distance = positions[:, None, :, None] - torch.arange(S)
     mask = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
     exact = attend(q.float(), k.float(), v.float(), mask)
-    assert relative(attend_in_strips(wide)(q, k, v, mask), exact) < 0.005
+    assert relative(attend_in_strips(way)(q, k, v, mask), exact) < 0.005
 
 
-@kernels
-def test_attention_does_not_depend_on_what_the_mask_hides() -> None:
-    assert native.load()
+def test_attention_does_not_depend_on_what_the_mask_hides(way: ops.Products) -> None:
     q, k, v = (numbers(1, 4, T, 64, seed=T).bfloat16() for T in (2, 300, 301))
     v = v[:, :, :300]
     mask = (torch.arange(300) < 130).expand(1, 1, 2, 300)
-    expected = attend_in_strips(False)(q, k, v, mask)
+    expected = attend_in_strips(way)(q, k, v, mask)
     k[:, :, 130:], v[:, :, 130:] = 1e4, -1e4
-    assert torch.equal(attend_in_strips(False)(q, k, v, mask), expected)
+    assert torch.equal(attend_in_strips(way)(q, k, v, mask), expected)
 
 
-@kernels
-def test_large_scores_do_not_overflow() -> None:
-    assert native.load()
+def test_large_scores_do_not_overflow(way: ops.Products) -> None:
     q, k, v = (numbers(1, 2, T, 64, seed=T).bfloat16() for T in (1, 200, 201))
     v, mask = v[:, :, :200], torch.ones(1, 1, 1, 200, dtype=torch.bool)
     exact = attend(q.float() * 1000, k.float(), v.float(), mask)
-    assert relative(attend_in_strips(False)(q * 1000, k, v, mask), exact) < 0.01
+    assert relative(attend_in_strips(way)(q * 1000, k, v, mask), exact) < 0.01
 
 
 @kernels
@@ -260,14 +283,12 @@ def test_weights_as_stored_give_the_same_products_and_are_not_copied() -> None:
     assert 0 < (prefill_and_decode(fast, torch.bfloat16) - exact).norm() < 1.5 * readable
 
 
-@kernels
-@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("rows", [1, 3, 9, 50, 600])
 @pytest.mark.parametrize(("n", "k"), [(33, 1), (64, 100), (40, 2048), (16, 129)])
-def test_rows_times_weights_as_stored(n: int, k: int, wide: bool) -> None:
-    assert native.load()
-    w, x = numbers(n, k).bfloat16(), numbers(2, 3, k, seed=1).bfloat16()
+def test_rows_times_weights_as_stored(n: int, k: int, rows: int, way: ops.Products) -> None:
+    w, x = numbers(n, k).bfloat16(), numbers(2, rows, k, seed=1).bfloat16()
     exact = x.float() @ w.float().T
-    assert relative(torch.ops.axon.bf16_stored(x, w, wide), exact) < 0.004
+    assert relative(torch.ops.axon.bf16_stored(x, w, way), exact) < 0.004
 
 
 @kernels
@@ -284,15 +305,13 @@ def test_what_the_kernels_cannot_take_is_refused() -> None:
     q, mask = numbers(1, 2, 1, 64), torch.ones(1, 1, 1, 9, dtype=torch.bool)
     k = numbers(1, 2, 9, 64).bfloat16()
     with pytest.raises(RuntimeError, match="bfloat16 heads"):
-        torch.ops.axon.bf16_attention(q, k, k, mask, False)
+        torch.ops.axon.bf16_attention(q, k, k, mask, 0)
 
 
-@kernels
-def test_a_score_that_is_not_a_number_shows() -> None:
-    assert native.load()
+def test_a_score_that_is_not_a_number_shows(way: ops.Products) -> None:
     q, k, v = (numbers(1, 2, T, 64, seed=T).bfloat16() for T in (1, 70, 71))
     k[0, 0, 3, 5] = math.nan
-    y = attend_in_strips(False)(q, k, v[:, :, :70], torch.ones(1, 1, 1, 70, dtype=torch.bool))
+    y = attend_in_strips(way)(q, k, v[:, :, :70], torch.ones(1, 1, 1, 70, dtype=torch.bool))
     assert y[0, 0].isnan().all()
     assert y[0, 1].isfinite().all()
 
@@ -313,33 +332,58 @@ def test_a_compiled_step_in_strips_is_one_graph_and_gives_the_same_logits() -> N
         assert relative(step(tokens, positions), expected) < 0.02
 
 
-def test_the_plan_takes_strips_where_there_are_kernels_and_no_matrix_unit_is_better() -> None:
+def test_the_plan_takes_strips_where_there_are_kernels() -> None:
     def kernel(dtype: str, quantize: str | None, **changes: bool) -> str:
         given = {"amx": False, "strips": True, **changes}
         return choose(device="cpu", dtype=dtype, rows=1, quantize=quantize, **given).kernel  # type: ignore[arg-type]
 
-    assert kernel("bfloat16", None) == "bf16-strips"
+    assert kernel("bfloat16", None) == kernel("bfloat16", None, amx=True) == "bf16-strips"
     assert kernel("bfloat16", "int8") == kernel("float32", "int8") == "int8-strips"
-    assert kernel("bfloat16", "int4") == kernel("bfloat16", "int4", amx=True) == "int4-strips"
-    assert kernel("bfloat16", None, amx=True) == "plain"
-    assert kernel("bfloat16", "int8", amx=True) == "int8"
+    assert kernel("bfloat16", "int4") == "int4-strips"
+    assert kernel("bfloat16", None, once=True) == "plain"
     assert kernel("float32", None) == "packed"
     assert kernel("float16", "int8") == "int8"
     assert kernel("bfloat16", None, strips=False) == "packed"
-    assert (
-        "float32"
-        in choose(device="cpu", dtype="bfloat16", rows=1, quantize=None, amx=False, strips=True, wide=True).decode
-    )
+    assert kernel("bfloat16", None, strips=False, amx=True) == "plain"
 
 
-def test_attention_is_ours_only_in_bfloat16_on_a_cpu_without_a_matrix_unit() -> None:
+@pytest.mark.parametrize(
+    ("products", "quantize", "said"),
+    [("float32", None, "float32"), ("tiles", None, "matrix unit"), ("tiles", "int8", "matrix unit")],
+)
+def test_the_plan_says_how_strips_are_multiplied(products: str, quantize: str | None, said: str) -> None:
+    plan = choose(device="cpu", dtype="bfloat16", rows=1, quantize=quantize, amx=False, strips=True, products=products)
+    assert said in plan.decode
+    assert said in plan.prefill
+
+
+def test_attention_is_ours_only_in_bfloat16_on_a_cpu_with_kernels() -> None:
     def chosen(**changes: object) -> str:
-        usual = {"device": "cpu", "dtype": "bfloat16", "amx": False, "strips": True}
+        usual = {"device": "cpu", "dtype": "bfloat16", "strips": True}
         return attention_kernel(**{**usual, **changes})  # type: ignore[arg-type]
 
     assert chosen() == "strips"
-    for change in ({"amx": True}, {"strips": False}, {"dtype": "float32"}, {"device": "cuda"}):
+    for change in ({"strips": False}, {"dtype": "float32"}, {"device": "cuda"}):
         assert chosen(**change) == "fused"
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("config", [CONFIG, QWEN], ids=["llama", "biases-and-qk-norm"])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_block_in_four_calls_gives_what_the_products_one_by_one_do(
+    kind: str, config: ModelConfig, rows: int, way: ops.Products, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fast() -> Transformer:
+        plan = Plan(f"{kind}-strips", True, "", "", 16)  # type: ignore[arg-type]
+        return accelerate(random_model(config, torch.bfloat16), plan=plan)
+
+    together = fast()
+    monkeypatch.setattr(StripBlock, "where_it_suits", lambda *_: None)
+    one_by_one = fast()
+    assert all(isinstance(block, StripBlock) for block in together.layers)
+    assert not any(isinstance(block, StripBlock) for block in one_by_one.layers)
+    logits = [prefill_and_decode(model, torch.bfloat16, rows) for model in (together, one_by_one)]
+    assert 0 < relative(*logits) < (0.02 if kind == "bf16" else 0.05)
 
 
 def run_builder(cache: Path, **environment: str) -> "subprocess.CompletedProcess[str]":

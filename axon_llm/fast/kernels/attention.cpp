@@ -22,18 +22,6 @@ namespace {
 constexpr int64_t PIECE = 64;  // positions
 constexpr int64_t ROWS = 64;   // of a task, at most
 
-// e to the power of x, for x not above 0: 2^n times a polynomial in what remains, to about float32's last bit.
-inline __m512 exponential(__m512 x) {
-  x = _mm512_max_ps(_mm512_set1_ps(-104.0f), x);  // in this order: what is not a number stays so
-  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)),
-                                        _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693145752f), x);  // ln 2 in two parts
-  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(1.42860677e-6f), r);
-  __m512 p = _mm512_set1_ps(1.0f / 720);
-  for (float c : {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c));
-  return _mm512_scalef_ps(p, n);
-}
-
 inline __mmask32 first(int64_t count) { return count >= 32 ? ~0u : count <= 0 ? 0 : (1u << count) - 1; }
 
 // Keys [PIECE, D] → strips of 16 positions: [PIECE / 16, blocks, 16 words, 16].
@@ -212,22 +200,23 @@ Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& m
   const auto* masks = static_cast<const uint8_t*>(seen.const_data_ptr());
   auto* result = static_cast<uint16_t*>(y.mutable_data_ptr());
   const int64_t all = z.T * z.G, tasks = round_up(all, ROWS) / ROWS;
-  share(z.B * z.Hkv * tasks, 1, [&](int64_t from, int64_t to) {
+  share(z.B * z.Hkv * tasks, 1, [&](Pieces& pieces) {
     std::vector<const uint16_t*> queries(all);
     std::vector<uint16_t*> out(all);
     [[maybe_unused]] const Held held(TILE);
-    for (int64_t task = from; task < to; task++) {
-      const int64_t b = task / (z.Hkv * tasks), h = task / tasks % z.Hkv, begin = task % tasks * ROWS;
-      const int64_t end = std::min(begin + ROWS, all);
-      for (int64_t r = begin; r < end; r++) {
-        const int64_t t = r / z.G, head = h * z.G + r % z.G;
-        queries[r] = query + b * q.stride(0) + head * q.stride(1) + t * q.stride(2);
-        out[r] = result + ((b * z.Hq + head) * z.T + t) * z.D;
+    for (int64_t task, last; pieces.take(task, last);)
+      for (; task < last; task++) {
+        const int64_t b = task / (z.Hkv * tasks), h = task / tasks % z.Hkv, begin = task % tasks * ROWS;
+        const int64_t end = std::min(begin + ROWS, all);
+        for (int64_t r = begin; r < end; r++) {
+          const int64_t t = r / z.G, head = h * z.G + r % z.G;
+          queries[r] = query + b * q.stride(0) + head * q.stride(1) + t * q.stride(2);
+          out[r] = result + ((b * z.Hq + head) * z.T + t) * z.D;
+        }
+        attend_rows<Format>(z, queries.data(), begin, end, key + b * k.stride(0) + h * k.stride(1), k.stride(2),
+                            value + b * v.stride(0) + h * v.stride(1), v.stride(2),
+                            masks + (seen.size(0) == 1 ? 0 : b * z.T * z.S), out.data());
       }
-      attend_rows<Format>(z, queries.data(), begin, end, key + b * k.stride(0) + h * k.stride(1), k.stride(2),
-                          value + b * v.stride(0) + h * v.stride(1), v.stride(2),
-                          masks + (seen.size(0) == 1 ? 0 : b * z.T * z.S), out.data());
-    }
   });
   return y;
 }

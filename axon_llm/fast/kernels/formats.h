@@ -25,7 +25,7 @@ struct Pairs {
   };
 
   static void prepare(const uint16_t* x, int64_t R, int64_t K, int64_t blocks, Activations& a) {
-    if (R == 1 && K % INPUTS == 0) {
+    if (a.rows == 1 && K % INPUTS == 0) {
       a.words = reinterpret_cast<const int32_t*>(x);
       return;
     }

@@ -1,11 +1,10 @@
-// Rotary positions: queries and keys of a step turned in one pass. What a compiler makes of the halves that change
-// places takes ten times as long as the arithmetic.
+// Rotary positions as an operator: queries and keys of a step.
 //
 // Legend: B slots, T new tokens, H heads, D head_dim
 
-#include <torch/csrc/stable/library.h>
+#include "rope.h"
 
-#include "strips.h"
+#include <torch/csrc/stable/library.h>
 
 namespace {
 
@@ -13,7 +12,7 @@ namespace {
 Tensor rotate(const Tensor& x, const Tensor& cos, const Tensor& sin) {
   STD_TORCH_CHECK(x.scalar_type() == BFLOAT16 && cos.scalar_type() == BFLOAT16 && x.stride(3) == 1,
                   "bfloat16 heads with their channels side by side are wanted");
-  const int64_t T = x.size(1), H = x.size(2), D = x.size(3), half = D / 2;
+  const int64_t T = x.size(1), H = x.size(2), D = x.size(3);
   Tensor y = blank({x.size(0), T, H, D}, x);
   const auto* in = static_cast<const uint16_t*>(x.const_data_ptr());
   auto* out = static_cast<uint16_t*>(y.mutable_data_ptr());
@@ -26,15 +25,7 @@ Tensor rotate(const Tensor& x, const Tensor& cos, const Tensor& sin) {
       for (int64_t h = 0; h < H; h++) {
         const uint16_t* from = in + token / T * x.stride(0) + token % T * x.stride(1) + h * x.stride(2);
         uint16_t* to = out + (token * H + h) * D;
-        for (int64_t d = 0; d < half; d += 16) {
-          const int64_t left = half - d;
-          const __mmask16 here = left >= 16 ? 0xffff : (1u << left) - 1;
-          const __m512 one = load(from + d, left), two = load(from + half + d, left);
-          const __m512 first = _mm512_mul_ps(two, load(sint + d, left));
-          const __m512 second = _mm512_mul_ps(one, load(sint + half + d, left));
-          store(to + d, _mm512_fmsub_ps(one, load(cost + d, left), first), here);
-          store(to + half + d, _mm512_fmadd_ps(two, load(cost + half + d, left), second), here);
-        }
+        turn_head(from, to, cost, sint, D);
       }
     }
   });

@@ -83,15 +83,34 @@ struct Activations {
   }
 };
 
-// Calls work(begin, end) for pieces of 0 … count, on all threads. A thread that is done takes the next piece: on a
-// shared machine one may be held up, and with fixed halves everybody would wait for it.
+// Parts 0 … count, which threads take in pieces as they get done: on a shared machine one may be held up, and with
+// fixed halves everybody would wait for it. A piece is three quarters of a fair share of the rest, so first ones
+// are large and last ones small; but not less than `least`, for it takes a while until memory delivers a new piece.
+class Pieces {
+ public:
+  Pieces(int64_t count, int64_t least)
+      : count_(count), least_(std::max<int64_t>(least, 1)), threads_(torch::stable::get_num_threads()) {}
+
+  // The next piece; none is left if false.
+  bool take(int64_t& begin, int64_t& end) {
+    begin = next_.load(std::memory_order_relaxed);
+    do {
+      if (begin >= count_) return false;
+      end = std::min(count_, begin + std::max(least_, (count_ - begin) / threads_ * 3 / 4));
+    } while (!next_.compare_exchange_weak(begin, end, std::memory_order_relaxed));
+    return true;
+  }
+
+ private:
+  std::atomic<int64_t> next_{0};
+  const int64_t count_, least_, threads_;
+};
+
+// Calls work(pieces) on all threads.
 template <class Work>
-void share(int64_t count, int64_t piece, const Work& work) {
-  std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, torch::stable::get_num_threads(), 1, [&](int64_t, int64_t) {
-    for (int64_t begin; (begin = next.fetch_add(piece, std::memory_order_relaxed)) < count;)
-      work(begin, std::min(begin + piece, count));
-  });
+void share(int64_t count, int64_t least, const Work& work) {
+  Pieces pieces(count, least);
+  torch::stable::parallel_for(0, torch::stable::get_num_threads(), 1, [&](int64_t, int64_t) { work(pieces); });
 }
 
 // The processor fetches some bytes into its second-level cache in the meantime.
@@ -129,15 +148,19 @@ inline __m512 load(const uint16_t* x, int64_t left) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
 }
 
-inline void store(float* y, __m512 values, __mmask16 here) { _mm512_mask_storeu_ps(y, here, values); }
-inline void store(uint16_t* y, __m512 values, __mmask16 here) {
-  // To the nearest bfloat16, ties to even; what is not a number stays so.
+// The nearest bfloat16, ties to even; what is not a number stays so.
+inline __m512 rounded(__m512 values) {
   const __m512i bits = _mm512_castps_si512(values);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-  rounded =
-      _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc00000));
-  _mm256_mask_storeu_epi16(y, here, _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+  __m512i sum = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  sum = _mm512_mask_mov_epi32(sum, _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc00000));
+  return _mm512_castsi512_ps(_mm512_and_si512(sum, _mm512_set1_epi32(static_cast<int>(0xffff0000))));
+}
+
+inline void store(float* y, __m512 values, __mmask16 here) { _mm512_mask_storeu_ps(y, here, values); }
+inline void store(uint16_t* y, __m512 values, __mmask16 here) {
+  const __m512i bits = _mm512_srli_epi32(_mm512_castps_si512(rounded(values)), 16);
+  _mm256_mask_storeu_epi16(y, here, _mm512_cvtepi32_epi16(bits));
 }
 
 // Sixteen activations rounded to bytes, written to `out`; and returned.
@@ -149,6 +172,18 @@ inline __m512i to_bytes(__m512 x, __m512 inverse, int8_t* out) {
 
 // -factor * sum; of activations that are no numbers the sum is nonsense, and the product must not be undefined.
 inline int32_t less(uint32_t factor, int32_t sum) { return static_cast<int32_t>(-factor * static_cast<uint32_t>(sum)); }
+
+// e to the power of x: 2^n times a polynomial in what remains, to about float32's last bit.
+inline __m512 exponential(__m512 x) {
+  x = _mm512_max_ps(_mm512_set1_ps(-104.0f), x);  // in this order: what is not a number stays so
+  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)),
+                                        _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693145752f), x);  // ln 2 in two parts
+  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(1.42860677e-6f), r);
+  __m512 p = _mm512_set1_ps(1.0f / 720);
+  for (float c : {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c));
+  return _mm512_scalef_ps(p, n);
+}
 
 // The largest magnitude of some activations. Compared as integers: in that order what is not a number is larger than
 // any number, and shows in the result instead of being lost.

@@ -1,0 +1,259 @@
+// Linear layers: rows of activations times all strips of a weight. strips.py has the layouts in PyTorch.
+//
+// Read next: linear.cpp, block.cpp.
+
+#pragma once
+
+#include "tiles.h"
+
+namespace {
+
+// What is in strips; blocks.py has the same numbers.
+enum Kind : int64_t { BF16, INT8, INT4 };
+
+// Rows from which int4 weights are widened to bfloat16 for the matrix unit; activations need no rounding then.
+constexpr int64_t WIDENED_ROWS = 64;
+// What the matrix unit takes together, so that activations, weights and sums stay in the second-level cache.
+constexpr int64_t TILE_ROWS = 512, TILE_BLOCKS = 8, TILE_STRIPS = 32;
+
+inline int64_t pieces_of(int64_t size, int64_t piece) { return (size + piece - 1) / piece; }
+
+// The least a thread takes of a weight of `count` parts and `bytes` in all: half of a small one, for taking pieces
+// would cost it more than waiting for the other threads.
+inline int64_t least(int64_t count, int64_t bytes) {
+  constexpr int64_t SMALL = 4 << 20, LEAST = 128 << 10;
+  return bytes < SMALL ? pieces_of(count, torch::stable::get_num_threads()) : pieces_of(LEAST * count, bytes);
+}
+
+// Where blocks come from: `blocks` gives `count` blocks of a strip, from the `first` on. They are where they are, or
+// made in `room`, which has MADE bytes for each.
+
+// From strips.
+template <class Format>
+struct Laid {
+  static constexpr int64_t MADE = 0;
+  const uint8_t* strips;
+  int64_t length;  // blocks of a strip
+
+  const uint8_t* blocks(int64_t strip, int64_t first, int64_t, uint8_t*) const {
+    return strips + (strip * length + first) * Format::BYTES;
+  }
+};
+
+// From a bfloat16 weight [N, K] as it lies in a checkpoint: sixteen rows are laid in a strip.
+struct Stored {
+  static constexpr int64_t MADE = Pairs::BYTES;
+  const uint16_t* weight;
+  int64_t N, K;
+
+  const uint8_t* blocks(int64_t strip, int64_t first, int64_t count, uint8_t* room) const {
+    for (int64_t b = 0; b < count; b++) {
+      const int64_t k = (first + b) * Pairs::INPUTS, left = K - k;
+      const __mmask32 here = left >= 32 ? ~0u : (1u << left) - 1;
+      __m512i rows[16];
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < 16; i++) {
+        const int64_t n = strip * LANES + i;
+        rows[i] = _mm512_maskz_loadu_epi16(n < N ? here : 0, weight + n * K + k);
+      }
+      turn(rows);
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; i++) _mm512_store_si512(room + b * MADE + 64 * i, rows[i]);
+    }
+    return room;
+  }
+};
+
+// From int4 strips, widened to bfloat16.
+struct Widened {
+  static constexpr int64_t MADE = Pairs::BYTES;
+  const uint8_t* strips;
+  int64_t length;  // blocks of a strip, of int4
+
+  const uint8_t* blocks(int64_t strip, int64_t first, int64_t count, uint8_t* room) const {
+    const uint8_t* p = strips + (strip * length * 2 + first) * (Int4::BYTES / 2);
+    for (int64_t g = 0; g < count; g++, p += Int4::BYTES / 2) widen(p, room + g * MADE);
+    return room;
+  }
+
+ private:
+  // A group: eight registers of four bytes for each channel become sixteen of two bfloat16.
+  static void widen(const uint8_t* p, uint8_t* to) {
+    const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000)), low = _mm512_set1_epi32(15);
+    const __m512i factors = _mm512_loadu_si512(p + 256), half = _mm512_set1_epi32(0x8000);
+    const __m512 scale = _mm512_castsi512_ps(_mm512_slli_epi32(factors, 16));
+    const __m512 middle = _mm512_castsi512_ps(_mm512_and_si512(factors, upper));
+    const __m512 start = _mm512_fnmadd_ps(_mm512_set1_ps(8.0f), scale, middle);
+    for (int i = 0; i < 4; i++, to += 256) {
+      const __m512i halves = _mm512_loadu_si512(p + 64 * i);
+#pragma GCC unroll 4
+      for (int pair = 0; pair < 4; pair++) {  // bytes 0 and 1 low, 2 and 3 low, 0 and 1 high, 2 and 3 high
+        const int shift = 16 * (pair % 2) + 4 * (pair / 2);
+        const __m512i one = _mm512_and_si512(_mm512_srli_epi32(halves, shift), low);
+        const __m512i two = _mm512_and_si512(_mm512_srli_epi32(halves, shift + 8), low);
+        const __m512 first = _mm512_fmadd_ps(_mm512_cvtepi32_ps(one), scale, start);
+        const __m512 second = _mm512_fmadd_ps(_mm512_cvtepi32_ps(two), scale, start);
+        const __m512i even = _mm512_srli_epi32(_mm512_add_epi32(_mm512_castps_si512(first), half), 16);
+        const __m512i odd = _mm512_and_si512(_mm512_add_epi32(_mm512_castps_si512(second), half), upper);
+        _mm512_store_si512(to + 64 * pair, _mm512_or_si512(even, odd));
+      }
+    }
+  }
+};
+
+template <class Weights>
+Memory room_for(int64_t blocks) {
+  return Weights::MADE == 0 ? Memory(nullptr, &std::free) : memory(blocks * Weights::MADE / 4);
+}
+
+inline __mmask16 lanes(int64_t left) { return left >= LANES ? 0xffff : (1u << left) - 1; }
+
+// Where results go, [R, N]; with what is added to them.
+template <class X>
+struct Results {
+  X* y;
+  int64_t N;
+  const X* bias = nullptr;      // [N]
+  const X* residual = nullptr;  // [R, N]
+
+  // Sixteen of row r, from channel n on.
+  void put(int64_t r, int64_t n, __m512 values) const {
+    if (bias != nullptr) values = _mm512_add_ps(values, load(bias + n, N - n));
+    if (residual != nullptr) values = _mm512_add_ps(values, load(residual + r * N + n, N - n));
+    store(y + r * N + n, values, lanes(N - n));
+  }
+};
+
+// x [R, K] times the weights of all strips; threads share the strips.
+template <class Format, class Weights, class X>
+void multiply(const X* x, const Weights& weights, const float* scales, const Results<X>& y, int64_t R, int64_t K) {
+  const int64_t blocks = pieces_of(K, Format::INPUTS), count = pieces_of(y.N, LANES);
+  Activations a(R);
+  Format::prepare(x, R, K, blocks, a);
+  share(count, least(count, count * blocks * Format::BYTES), [&](Pieces& pieces) {
+    alignas(64) typename Format::Sum sums[TOGETHER];
+    const Memory room = room_for<Weights>(blocks);
+    for (int64_t strip, end; pieces.take(strip, end);)
+      for (; strip < end; strip++) {
+        const uint8_t* const all = weights.blocks(strip, 0, blocks, reinterpret_cast<uint8_t*>(room.get()));
+        for (int64_t from = 0; from < R; from += TOGETHER) {
+          const int64_t rows = std::min(TOGETHER, R - from);
+          for (int64_t r = 0; r < rows; r++) sums[r] = Format::first(a, from + r);
+          const uint8_t* p = all;
+          if (rows == 1) {  // by itself: the sum and what is multiplied stay in registers
+            typename Format::Sum sum = sums[0];
+            for (int64_t b = 0; b < blocks; b++, p += Format::BYTES) {
+              if constexpr (AHEAD_ROWS == 1) fetch(p + AHEAD, Format::BYTES);
+              Format::template multiply<1>(typename Format::Block(p), a, b * R + from, &sum);
+            }
+            sums[0] = sum;
+          } else
+            for (int64_t b = 0; b < blocks; b++, p += Format::BYTES) {
+              const typename Format::Block block(p);
+              if (rows >= AHEAD_ROWS) fetch(p + AHEAD, Format::BYTES);
+              const int64_t at = b * R + from;
+              int64_t r = 0;
+              for (; r + 4 <= rows; r += 4) Format::template multiply<4>(block, a, at + r, sums + r);
+              for (; r < rows; r++) Format::template multiply<1>(block, a, at + r, sums + r);
+            }
+          const int64_t n = strip * LANES;
+          const float* scale = scales == nullptr ? nullptr : scales + n;
+          for (int64_t r = 0; r < rows; r++) y.put(from + r, n, Format::finish(sums[r], a, from + r, scale));
+        }
+      }
+  });
+}
+
+#ifdef __AMX_TILE__
+
+// The same by the matrix unit. Many rows are bound by what the second-level cache delivers, so two strips are taken
+// together; few by what memory does, so one is.
+template <class Format, class Weights, class X>
+void multiply_in_tiles(const X* x, const Weights& weights, const float* scales, const Results<X>& y, int64_t R,
+                       int64_t K) {
+  const int64_t blocks = pieces_of(K, Format::INPUTS), count = pieces_of(y.N, LANES);
+  Activations a(tile_rows(R));
+  Format::prepare(x, R, K, blocks, a);
+  const bool few = a.rows <= 2 * TILE;
+  const int64_t rows = std::min(a.rows, TILE_ROWS), strips = few ? 1 : 2, chunk = few ? blocks : TILE_BLOCKS;
+  share(count, few ? least(count, count * blocks * Format::BYTES) : TILE_STRIPS, [&](Pieces& pieces) {
+    const Tiles tiles(std::min(R, TILE));
+    const Memory sums = memory(TILE_STRIPS * rows * LANES), room = room_for<Weights>(strips * chunk);
+    for (int64_t strip, end; pieces.take(strip, end);)
+      for (; strip < end; strip += TILE_STRIPS) {
+        const int64_t together = std::min(TILE_STRIPS, end - strip);
+        for (int64_t from = 0; from < a.rows; from += rows) {
+          const int64_t here = std::min(rows, a.rows - from);
+          for (int64_t b = 0; b < blocks; b += chunk)
+            for (int64_t s = 0; s < together; s += strips) {
+              const int64_t now = std::min(strips, together - s), taken = std::min(chunk, blocks - b);
+              const uint8_t* w[2];
+              for (int64_t i = 0; i < now; i++) {
+                auto* to = reinterpret_cast<uint8_t*>(room.get()) + i * chunk * Weights::MADE;
+                w[i] = weights.blocks(strip + s + i, b, taken, to);
+              }
+              tile_products<Format>(a.words + (b * a.rows + from) * Format::WORDS, a.rows * Format::WORDS * 4, here, w,
+                                    now, taken, sums.get() + s * rows * LANES, rows * LANES, b > 0, few);
+            }
+          for (int64_t r = 0; r < std::min(here, R - from); r++)
+            for (int64_t s = 0; s < together; s++) {
+              const int64_t n = (strip + s) * LANES;
+              const float* scale = scales == nullptr ? nullptr : scales + n;
+              y.put(from + r, n, Format::finish_tile(sums.get() + (s * rows + r) * LANES, a, from + r, scale));
+            }
+        }
+      }
+  });
+}
+
+#endif
+
+// The strips of a weight [N, K], whose size is looked at.
+template <class Format>
+Laid<Format> laid(const Tensor& strips, int64_t N, int64_t K) {
+  const int64_t blocks = pieces_of(K, Format::INPUTS);
+  STD_TORCH_CHECK(strips.numel() * 4 == pieces_of(N, LANES) * blocks * Format::BYTES, "strips of ", strips.numel(),
+                  " words are no weights for ", K, " inputs and ", N, " outputs");
+  return {static_cast<const uint8_t*>(strips.const_data_ptr()), blocks};
+}
+
+// bfloat16 weights, from wherever they are.
+template <class Weights>
+void multiply_bf16(const uint16_t* x, const Weights& weights, const Results<uint16_t>& y, int64_t R, int64_t K,
+                   int64_t products) {
+#ifdef __AMX_TILE__
+  if (products == TILES && tiles_allowed()) return multiply_in_tiles<TilePairs>(x, weights, nullptr, y, R, K);
+#endif
+#ifdef __AVX512BF16__
+  if (products != WIDE) return multiply<Pairs>(x, weights, nullptr, y, R, K);
+#endif
+  multiply<WidePairs>(x, weights, nullptr, y, R, K);
+}
+
+// A weight in strips, whatever is in them.
+struct Weight {
+  const Tensor& strips;
+  const float* scales;  // int8: [N]
+  Kind kind;
+};
+
+template <class X>
+void multiply_strips(const X* x, const Weight& weight, const Results<X>& y, int64_t R, int64_t K, int64_t products) {
+  if constexpr (sizeof(X) == 2)
+    if (weight.kind == BF16) return multiply_bf16(x, laid<Pairs>(weight.strips, y.N, K), y, R, K, products);
+  if (weight.kind == INT8) {
+    const auto strips = laid<Int8>(weight.strips, y.N, K);
+#ifdef __AMX_TILE__
+    if (products == TILES && tiles_allowed()) return multiply_in_tiles<TileInt8>(x, strips, weight.scales, y, R, K);
+#endif
+    return multiply<Int8>(x, strips, weight.scales, y, R, K);
+  }
+  const auto strips = laid<Int4>(weight.strips, y.N, K);
+#ifdef __AMX_TILE__
+  if (products == TILES && tiles_allowed() && R >= WIDENED_ROWS)
+    return multiply_in_tiles<TilePairs>(x, Widened{strips.strips, strips.length}, nullptr, y, R, K);
+#endif
+  multiply<Int4>(x, strips, nullptr, y, R, K);
+}
+
+}  // namespace
