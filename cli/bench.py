@@ -157,10 +157,12 @@ def render(report: dict[str, Any], output: str) -> str:
     kind = report["quantize"] or report["dtype"]
     kernels = ", ".join(f"{count} {name}" for name, count in report["linears"]["kernels"].items()) or "F.linear"
     bandwidth = "copy bandwidth" if report["device"].startswith("cuda") else "read bandwidth"
+    slower = bandwidth == "read bandwidth" and report["sum_gb_per_s"] < 0.97 * report["read_gb_per_s"]
+    summed = f" (as PyTorch sums it: {report['sum_gb_per_s']:.1f})" if slower else ""
     lines = [
         f"{report['model']}, {kind}, {report['hardware']}{_steps(report)}",
         f"torch {report['torch']}, axon {report['commit'] or report['axon']}",
-        f"linears: {kernels}; {bandwidth} {report['read_gb_per_s']:.1f} GB/s, matrix product "
+        f"linears: {kernels}; {bandwidth} {report['read_gb_per_s']:.1f} GB/s{summed}, matrix product "
         f"{report['matmul_tflop_per_s']:.2f} TFLOP/s in the same run",
         "",
         "| test | batch | tokens/s (mean ± sd) | ms / step | MB / token | of the limit |",

@@ -68,6 +68,7 @@ def measured(
         "linears": linears,
         **environment(weight.device),
         "read_gb_per_s": ceilings.read_bytes_per_s / 1e9,
+        "sum_gb_per_s": ceilings.summed_bytes_per_s / 1e9,
         "matmul_tflop_per_s": ceilings.flops_per_s / 1e12,
         "rows": [row.report(ceilings) for row in rows],
         "peers": [entry for peer_name, peer in peers.items() for entry in ratios(peer_name, peer, rows)],

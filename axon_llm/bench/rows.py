@@ -18,8 +18,9 @@ import torch
 from axon_llm.bench.ceiling import Ceilings, Limits, seconds
 from axon_llm.config import ModelConfig
 from axon_llm.engine.runner import Runner
+from axon_llm.fast import ops
 from axon_llm.fast.int8 import Int8Linear
-from axon_llm.fast.strips import Int4Strips, Int8Strips
+from axon_llm.fast.strips import Int4Strips, Int8Strips, StripLinear
 from axon_llm.model import Transformer
 
 
@@ -132,7 +133,10 @@ def measure(
     )
     runner.cache.k.normal_()
     runner.cache.v.normal_()
-    int8 = any(isinstance(module, Int8Linear | Int8Strips | Int4Strips) for module in model.modules())
+    tiles = any(isinstance(module, StripLinear) and module.products == ops.Products.TILES for module in model.modules())
+    # By the matrix unit many rows are multiplied by int4 weights in bfloat16.
+    integers = Int8Linear | Int8Strips if tiles else Int8Linear | Int8Strips | Int4Strips
+    int8 = any(isinstance(module, integers) for module in model.modules())
     ceilings = Ceilings(runner.device, model.embed_tokens.weight.dtype, int8)
     rows = [
         Row(

@@ -33,6 +33,7 @@ _library.define("bf16_stored(Tensor x, Tensor weight, int products) -> Tensor")
 _library.define("lay_strips(Tensor words, Tensor(a!) strips) -> ()")
 _library.define("strip_rows(Tensor strips, Tensor channels, int words) -> Tensor")
 _library.define("bf16_attention(Tensor q, Tensor k, Tensor v, Tensor mask, int products) -> Tensor")
+_library.define("read_words(Tensor x) -> Tensor")
 _library.define("bf16_rotate(Tensor x, Tensor cos, Tensor sin) -> Tensor")
 _library.define(
     "strips_qkv(Tensor x, Tensor norm, float eps, Tensor strips, Tensor? scale, Tensor? bias, Tensor? q_norm,"

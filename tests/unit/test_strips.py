@@ -292,6 +292,16 @@ def test_rows_times_weights_as_stored(n: int, k: int, rows: int, way: ops.Produc
 
 
 @kernels
+def test_the_reader_reads_every_word() -> None:
+    assert native.load()
+    words = torch.randint(-(2**31), 2**31 - 1, (128 * 1000,), dtype=torch.int32)
+    total = int(words.sum()) % 2**32
+    assert int(torch.ops.axon.read_words(words)) % 2**32 == total
+    words[77_777] += 1
+    assert int(torch.ops.axon.read_words(words)) % 2**32 == (total + 1) % 2**32
+
+
+@kernels
 def test_what_the_kernels_cannot_take_is_refused() -> None:
     assert native.load()
     output = Bf16Strips([numbers(32, 64).bfloat16()])

@@ -91,8 +91,10 @@ struct InTiles : TilePairs {
 
   static void add_product(const Activations& a, int64_t blocks, int64_t count, const uint8_t* strips, __m512* sums,
                           const uint16_t* next) {
-    fetch(reinterpret_cast<const uint8_t*>(next), count * blocks * BYTES);
+    const auto* ahead = reinterpret_cast<const uint8_t*>(next);
     for (int64_t strip = 0; strip < count; strip += 2, strips += 2 * blocks * BYTES, sums += 2 * a.rows) {
+      fetch(ahead, 2 * blocks * BYTES);
+      ahead += 2 * blocks * BYTES;
       const uint8_t* both[2] = {strips, strips + blocks * BYTES};
       tile_products<InTiles>(a.words, a.rows * WORDS * 4, a.rows, both, 2, blocks, reinterpret_cast<int32_t*>(sums),
                              a.rows * LANES, true);
@@ -101,14 +103,36 @@ struct InTiles : TilePairs {
 };
 #endif
 
+// The first `left` of a piece's positions.
+inline __mmask64 places_of(int64_t left) { return left >= PIECE ? ~0ull : (1ull << left) - 1; }
+
 struct Shape {
   int64_t B, Hq, Hkv, G, T, S, D;
 };
 
-// Rows from `begin` to `end` of one slot and KV head.
+// The pieces of which rows from `begin` to `end` may see something, by their first positions.
+inline std::vector<int64_t> visible_pieces(const Shape& z, int64_t begin, int64_t end, const uint8_t* mask) {
+  std::vector<int64_t> pieces;
+  for (int64_t s = 0; s < z.S; s += PIECE) {
+    uint64_t any = 0;
+    for (int64_t t = begin / z.G; t <= (end - 1) / z.G && any == 0; t++) {
+      const __m512i seen = _mm512_maskz_loadu_epi8(places_of(z.S - s), mask + t * z.S + s);
+      any = _mm512_test_epi8_mask(seen, seen);
+    }
+    if (any != 0) pieces.push_back(s);
+  }
+  return pieces;
+}
+
+// A slot's keys and values of one KV head.
+struct Heads {
+  const uint16_t *k, *v;
+};
+
+// Rows from `begin` to `end` of one slot and KV head; `then` is looked at next.
 template <class Format>
-void attend_rows(const Shape& z, const uint16_t* const* queries, int64_t begin, int64_t end, const uint16_t* k,
-                 int64_t k_stride, const uint16_t* v, int64_t v_stride, const uint8_t* mask, uint16_t* const* out) {
+void attend_rows(const Shape& z, const uint16_t* const* queries, int64_t begin, int64_t end, const Heads& here,
+                 const Heads& then, int64_t k_stride, int64_t v_stride, const uint8_t* mask, uint16_t* const* out) {
   const int64_t R = end - begin, rows = Format::places(R), key_blocks = round_up(z.D, Format::INPUTS) / Format::INPUTS;
   const int64_t value_strips = round_up(z.D, 32) / 16;
   // one after the other, in registers' worth: keys, values, scores, sums
@@ -133,21 +157,19 @@ void attend_rows(const Shape& z, const uint16_t* const* queries, int64_t begin, 
   const __m512 scale = _mm512_set1_ps(1.0f / std::sqrt(static_cast<float>(z.D)));
   const __m512 nothing = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
 
-  for (int64_t s = 0; s < z.S; s += PIECE) {
-    const int64_t count = std::min(PIECE, z.S - s);
-    uint64_t any = 0;
-    for (int64_t t = begin / z.G; t <= (end - 1) / z.G; t++) {
-      const __m512i seen = _mm512_maskz_loadu_epi8(count == 64 ? ~0ull : (1ull << count) - 1, mask + t * z.S + s);
-      any |= _mm512_test_epi8_mask(seen, seen);
-    }
-    if (any == 0) continue;
-    lay_keys(k + s * k_stride, k_stride, count, z.D, keys);
-    lay_values(v + s * v_stride, v_stride, count, z.D, values);
+  const std::vector<int64_t> pieces = visible_pieces(z, begin, end, mask);
+  for (size_t piece = 0; piece < pieces.size(); piece++) {
+    const int64_t s = pieces[piece], count = std::min(PIECE, z.S - s);
+    const bool more = piece + 1 < pieces.size();
+    const Heads& next = more ? here : then;
+    const int64_t at = more ? pieces[piece + 1] : pieces.front();
+    lay_keys(here.k + s * k_stride, k_stride, count, z.D, keys);
+    lay_values(here.v + s * v_stride, v_stride, count, z.D, values);
     std::fill(scores, scores + score_size, _mm512_setzero_ps());
-    Format::add_product(a, key_blocks, PIECE / 16, keys, scores, k + (s + PIECE) * k_stride);
+    Format::add_product(a, key_blocks, PIECE / 16, keys, scores, next.k + at * k_stride);
     for (int64_t r = 0; r < R; r++) {
       const uint8_t* row_mask = mask + (begin + r) / z.G * z.S + s;
-      const __m512i bytes = _mm512_maskz_loadu_epi8(count == 64 ? ~0ull : (1ull << count) - 1, row_mask);
+      const __m512i bytes = _mm512_maskz_loadu_epi8(places_of(count), row_mask);
       const uint64_t seen = _mm512_test_epi8_mask(bytes, bytes);
       if (seen == 0 && total[r] == 0.0f) {  // nothing yet: no largest score to compare with
         for (int64_t i = 0; i < PIECE; i += 16) put(Format(), words, rows, r, i, _mm512_setzero_ps());
@@ -175,7 +197,7 @@ void attend_rows(const Shape& z, const uint16_t* const* queries, int64_t begin, 
         for (int64_t i = 0; i < value_strips; i++)
           sums[i * rows + r] = _mm512_mul_ps(sums[i * rows + r], _mm512_set1_ps(shrink));
     }
-    Format::add_product(weights, blocks, value_strips, values, sums, v + (s + PIECE) * v_stride);
+    Format::add_product(weights, blocks, value_strips, values, sums, next.v + at * v_stride);
   }
   for (int64_t r = 0; r < R; r++)
     for (int64_t i = 0; i < value_strips; i++) {
@@ -200,7 +222,8 @@ Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& m
   const auto* masks = static_cast<const uint8_t*>(seen.const_data_ptr());
   auto* result = static_cast<uint16_t*>(y.mutable_data_ptr());
   const int64_t all = z.T * z.G, tasks = round_up(all, ROWS) / ROWS;
-  share(z.B * z.Hkv * tasks, 1, [&](Pieces& pieces) {
+  const int64_t count = z.B * z.Hkv * tasks;
+  share(count, 1, [&](Pieces& pieces) {
     std::vector<const uint16_t*> queries(all);
     std::vector<uint16_t*> out(all);
     [[maybe_unused]] const Held held(TILE);
@@ -213,8 +236,12 @@ Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& m
           queries[r] = query + b * q.stride(0) + head * q.stride(1) + t * q.stride(2);
           out[r] = result + ((b * z.Hq + head) * z.T + t) * z.D;
         }
-        attend_rows<Format>(z, queries.data(), begin, end, key + b * k.stride(0) + h * k.stride(1), k.stride(2),
-                            value + b * v.stride(0) + h * v.stride(1), v.stride(2),
+        const int64_t next = std::min(task + 1, count - 1), next_b = next / (z.Hkv * tasks),
+                      next_h = next / tasks % z.Hkv;
+        const Heads here{key + b * k.stride(0) + h * k.stride(1), value + b * v.stride(0) + h * v.stride(1)};
+        const Heads then{key + next_b * k.stride(0) + next_h * k.stride(1),
+                         value + next_b * v.stride(0) + next_h * v.stride(1)};
+        attend_rows<Format>(z, queries.data(), begin, end, here, then, k.stride(2), v.stride(2),
                             masks + (seen.size(0) == 1 ? 0 : b * z.T * z.S), out.data());
       }
   });

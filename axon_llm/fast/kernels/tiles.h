@@ -22,7 +22,8 @@
 
 namespace {
 
-constexpr int64_t TILE = 16;  // rows of a tile
+constexpr int64_t TILE = 16;          // rows of a tile
+constexpr int64_t TILE_AHEAD = 1024;  // as AHEAD: bytes
 
 // Whether this process may use tiles: Linux wants to be asked.
 inline bool tiles_allowed() {
@@ -149,7 +150,7 @@ inline void tile_product(const int32_t* rows, int64_t row_step, const uint8_t* c
     _tile_loadd(6, w, BYTES);
     if constexpr (STRIPS == 2) _tile_loadd(7, v, BYTES);
     if constexpr (STRIPS == 1)
-      if (ahead) fetch(w + AHEAD, Format::BYTES);
+      if (ahead) fetch(w + TILE_AHEAD, Format::BYTES);
     Format::template multiply_tiles<ROWS, STRIPS>();
   }
   _tile_stored(0, sums, BYTES);
