@@ -73,7 +73,7 @@ def main() -> int:
             shares.setdefault(title, {})[precision] = decode["share_of_ceiling"]
             _write(options.out, head, options.repetitions, sections)
         words = ["-m", model, "--dtype", "bfloat16", "-p", "0", "-n", str(tokens // 2), "-d", "128", *repeat]
-        words += [word for size in (1, 2, 4, 8, 16) for word in ("-b", str(size))]
+        words += [word for size in (1, 2, 4, 8, 16, 32, 64) for word in ("-b", str(size))]
         batches = _measured(f"{title}, bfloat16, by sequences decoding together", words, sections)
         for precision, (flags, peer) in list(PRECISIONS.items())[:2]:
             words = ["-m", model, *flags, "-p", "0", "-n", str(tokens // 2), "-d", "128", "-b", "8", *repeat]
@@ -84,7 +84,8 @@ def main() -> int:
             words += [*repeat, *(word for peer in peers for word in ("--against", peer))]
             _measured(f"{title}, bfloat16, programs in PyTorch", words, sections, required=False)
         words = ["-m", model, "--dtype", "bfloat16", "-p", "0", "-n", "16", "-b", "1", *repeat]
-        words += [word for depth in (128, 512, 2048, 4096, 8000) for word in ("-d", str(depth))]
+        depths_here = (128, 512, 2048, 8000, *([32000] if title == next(iter(SHAPES)) else []))
+        words += [word for depth in depths_here for word in ("-d", str(depth))]
         depths = _measured(f"{title}, bfloat16, by tokens in the cache", words, sections)
         sections += [_slope(depths), ""]
         _write(options.out, head, options.repetitions, sections)
@@ -96,17 +97,19 @@ def main() -> int:
         startup_words += ["--compiled"] if tokens > 100 else []  # the compiler's share is the same for both shapes
         _program(f"{title}, start of a process", "startup", startup_words, startup.render, sections)
         _write(options.out, head, options.repetitions, sections)
-        _program(
-            f"{title}, speculation", "speculation", ["-m", model, "-r", str(options.repetitions)],
-            lambda report: speculation.render(report["rows"]), sections,
-        )  # fmt: skip
+        for flags in ([], ["-q", "int8"], ["-q", "int4"]):
+            _program(
+                f"{title}, speculation{', '.join(['', *flags[1:]])}", "speculation",
+                ["-m", model, *flags, "-r", str(options.repetitions)],
+                lambda report: speculation.render(report["rows"]), sections,
+            )  # fmt: skip
         _write(options.out, head, options.repetitions, sections)
     print(f"written: {options.out / 'benchmarks.md'}", file=sys.stderr)
     return 0
 
 
 def _write(out: Path, head: dict[str, Any], repetitions: int, sections: list[str]) -> None:
-    """Write what has been measured so far: a run takes half an hour, and may be stopped."""
+    """Write what has been measured so far: a run takes the better part of an hour, and may be stopped."""
     page = [
         "# Benchmarks",
         "",
@@ -115,6 +118,7 @@ def _write(out: Path, head: dict[str, Any], repetitions: int, sections: list[str
         "interleaved repetitions after one warm-up. `pp512` prefills 512 tokens; `tg24 @ d512` decodes 24 tokens with "
         '512 in the cache. "Of the limit" holds decode against reading weights and cache once at the read bandwidth '
         "measured right before and after, and prefill against the rate of a large matrix product of the same kind. "
+        "Memory is read by PyTorch's sum and by our own reader, and the faster of the two counts. "
         "On a shared machine only ratios of one run mean anything.",
         "",
         *sections,
@@ -161,13 +165,18 @@ def _program(
 def _slope(report: dict[str, Any]) -> str:
     """What a longer context costs, against reading the keys and values that it adds."""
     rows = {row["depth"]: row for row in report["rows"]}
-    short, long = rows[512], rows[max(rows)]
-    extra_ms = (long["bytes_per_token"] - short["bytes_per_token"]) / report["read_gb_per_s"] / 1e6
-    measured = long["ms_per_step"] - short["ms_per_step"]
-    return (
-        f"From 512 to {long['depth']:,} tokens a step takes {measured:.1f} ms more; reading the keys and values that "
-        f"are added takes {extra_ms:.1f} ms at the measured bandwidth: {measured / extra_ms:.1f} ×."
-    )
+    short, sentences = rows[512], []
+    for depth, long in rows.items():
+        if depth >= 8000:
+            extra = (long["bytes_per_token"] - short["bytes_per_token"]) / 1e6
+            measured = long["ms_per_step"] - short["ms_per_step"]
+            least, summed = (extra / report[rate] for rate in ("read_gb_per_s", "sum_gb_per_s"))
+            sentences.append(
+                f"From 512 to {depth:,} tokens a step takes {measured:.1f} ms more; reading the added keys and values "
+                f"takes {least:.1f} ms at the read bandwidth: {measured / least:.1f} × (as PyTorch sums them, "
+                f"{summed:.1f} ms: {measured / summed:.1f} ×)."
+            )
+    return " ".join(sentences)
 
 
 def _draw(title: str, batches: list[Any], depths: list[Any], shares: dict[str, float], out: Path) -> None:

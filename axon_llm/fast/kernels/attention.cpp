@@ -68,6 +68,8 @@ inline void put(const WidePairs&, int32_t* words, int64_t rows, int64_t r, int64
 // has as many bytes as the strips.
 template <class Format>
 struct Vectors : Format {
+  static constexpr bool TAKES_KEYS_AS_THEY_LIE = false;
+
   static int64_t places(int64_t R) { return R; }
 
   static void add_product(const Activations& a, int64_t blocks, int64_t count, const uint8_t* strips, __m512* sums,
@@ -87,6 +89,34 @@ struct Vectors : Format {
 #ifdef __AMX_TILE__
 // The same by the matrix unit.
 struct InTiles : TilePairs {
+  static constexpr bool TAKES_KEYS_AS_THEY_LIE = true;
+
+  // Scores of up to 16 rows with keys as they lie in the cache: a tile of 16 keys times `turned` rows are the scores'
+  // columns, which are turned back. For so few rows that is less work than laying keys in strips. The products and the
+  // order of their sums are the same.
+  static void few_scores(const int32_t* turned, int64_t blocks, const uint16_t* k, int64_t stride, __m512* scores,
+                         const uint16_t* next) {
+    alignas(64) __m512i columns[TILE];
+    const auto* ahead = reinterpret_cast<const uint8_t*>(next);
+    for (int64_t s = 0; s < PIECE; s += TILE, scores += TILE, ahead += blocks * BYTES) {
+      fetch(ahead, blocks * BYTES);
+      written();
+      _tile_zero(0);
+      for (int64_t b = 0; b < blocks; b++) {
+        _tile_loadd(4, k + s * stride + b * INPUTS, stride * 2);
+        _tile_loadd(6, turned + b * TILE * WORDS, 64);
+        multiply_tiles<1, 1>();
+      }
+      _tile_stored(0, columns, 64);
+      __m512i rows[TILE];
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < TILE; i++) rows[i] = columns[i];
+      turn(rows);
+#pragma GCC unroll 16
+      for (int64_t r = 0; r < TILE; r++) scores[r] = _mm512_castsi512_ps(rows[r]);
+    }
+  }
+
   static int64_t places(int64_t R) { return round_up(R, TILE); }
 
   static void add_product(const Activations& a, int64_t blocks, int64_t count, const uint8_t* strips, __m512* sums,
@@ -151,6 +181,15 @@ void attend_rows(const Shape& z, const uint16_t* const* queries, int64_t begin, 
   constexpr int64_t blocks = PIECE / Format::INPUTS;
   int32_t* words = weights.allocate(blocks * rows * Format::WORDS);
 
+  const bool as_they_lie = Format::TAKES_KEYS_AS_THEY_LIE && rows == TILE && z.D % Format::INPUTS == 0;
+  const Memory turned = memory(as_they_lie ? key_blocks * TILE * TILE : 16);
+  for (int64_t b = 0; as_they_lie && b < key_blocks; b++) {
+    __m512i block[TILE];
+    for (int64_t r = 0; r < TILE; r++) block[r] = _mm512_loadu_si512(a.words + (b * rows + r) * TILE);
+    turn(block);
+    for (int64_t r = 0; r < TILE; r++) _mm512_store_si512(turned.get() + (b * TILE + r) * TILE, block[r]);
+  }
+
   float most[ROWS], total[ROWS];
   std::fill(most, most + R, -std::numeric_limits<float>::infinity());
   std::fill(total, total + R, 0.0f);
@@ -163,10 +202,19 @@ void attend_rows(const Shape& z, const uint16_t* const* queries, int64_t begin, 
     const bool more = piece + 1 < pieces.size();
     const Heads& next = more ? here : then;
     const int64_t at = more ? pieces[piece + 1] : pieces.front();
-    lay_keys(here.k + s * k_stride, k_stride, count, z.D, keys);
-    lay_values(here.v + s * v_stride, v_stride, count, z.D, values);
-    std::fill(scores, scores + score_size, _mm512_setzero_ps());
-    Format::add_product(a, key_blocks, PIECE / 16, keys, scores, next.k + at * k_stride);
+    const uint16_t *k = here.k + s * k_stride, *v = here.v + s * v_stride, *k_next = next.k + at * k_stride;
+    bool scored = false;
+    if constexpr (Format::TAKES_KEYS_AS_THEY_LIE)
+      if (as_they_lie && count == PIECE) {
+        Format::few_scores(turned.get(), key_blocks, k, k_stride, scores, k_next);
+        scored = true;
+      }
+    if (!scored) {
+      lay_keys(k, k_stride, count, z.D, keys);
+      std::fill(scores, scores + score_size, _mm512_setzero_ps());
+      Format::add_product(a, key_blocks, PIECE / 16, keys, scores, k_next);
+    }
+    lay_values(v, v_stride, count, z.D, values);
     for (int64_t r = 0; r < R; r++) {
       const uint8_t* row_mask = mask + (begin + r) / z.G * z.S + s;
       const __m512i bytes = _mm512_maskz_loadu_epi8(places_of(count), row_mask);
