@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from axon_llm.cache import KVCache
 from axon_llm.fast.attention import AttentionKernels
+from axon_llm.fast.linear import ParallelLinear
 from axon_llm.fast.strips import StripLinear
 from axon_llm.layers.attention import Attention
 from axon_llm.layers.norm import RMSNorm
@@ -79,8 +80,10 @@ class FusedFeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x`` ``[B, T, hidden]`` to the same shape."""
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        gated: Tensor = self.down_proj(F.silu(gate) * up)
+        both = self.gate_up_proj
+        gate, up = both.parts(x) if isinstance(both, ParallelLinear) else both(x).chunk(2, dim=-1)
+        # In place: in a long prompt these are the largest tensors there are.
+        gated: Tensor = self.down_proj(F.silu(gate, inplace=True).mul_(up))
         return gated
 
 

@@ -92,7 +92,11 @@ class ParallelLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` ``[…, K]`` → ``[…, N]``, N the sum of theirs."""
-        return torch.cat([linear(x) for linear in self.linears], dim=-1)
+        return torch.cat(self.parts(x), dim=-1)
+
+    def parts(self, x: Tensor) -> list[Tensor]:
+        """The same before it is put side by side, which a large result takes the memory for twice."""
+        return [linear(x) for linear in self.linears]
 
 
 class PackedLinear(FastLinear):

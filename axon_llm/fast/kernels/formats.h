@@ -13,6 +13,7 @@ namespace {
 
 // bfloat16 weights and activations; products of pairs, summed in float32.
 struct Pairs {
+  static constexpr bool ALONE = true;                              // one row is multiplied faster in a loop of its own
   static constexpr int64_t INPUTS = 32, WORDS = 16, BYTES = 1024;  // of a block: input channels, words of a row, bytes
   using Sum = __m512;
 
@@ -106,6 +107,7 @@ struct WidePairs : Pairs {
 
 // int8 weights; activations rounded with a scale for each row. Sums are exact.
 struct Int8 {
+  static constexpr bool ALONE = true;
   static constexpr int64_t INPUTS = 64, WORDS = 16, BYTES = 1024;
   using Sum = __m512i;
   using Block = Pairs::Block;
@@ -159,6 +161,7 @@ struct Int8 {
 
 // int4 weights, w = (q − 8) · scale + middle; activations rounded with a scale for each row and group.
 struct Int4 {
+  static constexpr bool ALONE = false;
   static constexpr int64_t INPUTS = 2 * GROUP, WORDS = 16, BYTES = 640;  // two groups, 256 + 64 bytes each
   using Sum = __m512;
 

@@ -140,7 +140,7 @@ void multiply(const X* x, const Weights& weights, const float* scales, const Res
           const int64_t rows = std::min(TOGETHER, R - from);
           for (int64_t r = 0; r < rows; r++) sums[r] = Format::first(a, from + r);
           const uint8_t* p = all;
-          if (rows == 1) {  // by itself: the sum and what is multiplied stay in registers
+          if (Format::ALONE && rows == 1) {  // the sum and what is multiplied stay in registers
             typename Format::Sum sum = sums[0];
             for (int64_t b = 0; b < blocks; b++, p += Format::BYTES) {
               if constexpr (AHEAD_ROWS == 1) fetch(p + AHEAD, Format::BYTES);
