@@ -9,7 +9,7 @@
 //
 // Legend: R rows, K input channels, N output channels
 //
-// Read next: linear.cpp.
+// Read next: linear.h.
 
 #pragma once
 
