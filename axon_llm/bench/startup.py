@@ -5,7 +5,8 @@ generate`` with a prompt of 512 tokens and one token to generate, in several mod
 doing one prefill of 512 without warm-up. Files are in the page cache, as they are on any machine that has started the
 model before; the first round, which puts them there, does not count.
 
-A compiled mode is timed twice, to its second token: *cold* compiles everything (an empty compiler cache), *warm* finds the cache filled.
+A compiled mode is timed twice, to its second token: *cold* compiles everything (an empty compiler cache), *warm* finds
+the cache filled.
 """
 
 from __future__ import annotations
