@@ -127,7 +127,9 @@ def _flags() -> list[str]:
     if missing := [name for name in NEEDED if name not in present]:
         raise Unavailable(f"this processor ({platform.machine()}) has no {', '.join(missing)}")
     used = [*NEEDED, *(name for names in OPTIONAL if present.issuperset(names) for name in names)]
-    return ["-mfma", *(f"-m{name.replace('_', '-' if name.startswith('amx') else '')}" for name in used)]
+    spelt = (name.replace("_", "-" if name.startswith("amx") else "") for name in used)
+    tiles = ["-DAXON_TILES"] if "amx_tile" in used else []  # compilers do not agree on a name for it
+    return ["-mfma", *(f"-m{name}" for name in spelt), *tiles]
 
 
 def _library(flags: list[str]) -> Path:

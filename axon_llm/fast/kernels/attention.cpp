@@ -86,7 +86,7 @@ struct Vectors : Format {
   }
 };
 
-#ifdef __AMX_TILE__
+#ifdef AXON_TILES
 // The same by the matrix unit.
 struct InTiles : TilePairs {
   static constexpr bool TAKES_KEYS_AS_THEY_LIE = true;
@@ -297,7 +297,7 @@ Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& m
 }
 
 Tensor bf16_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& mask, int64_t products) {
-#ifdef __AMX_TILE__
+#ifdef AXON_TILES
   if (products == TILES && tiles_allowed()) return attend<InTiles, Tiles>(q, k, v, mask);
 #endif
 #ifdef __AVX512BF16__

@@ -164,7 +164,7 @@ void multiply(const X* x, const Weights& weights, const float* scales, const Res
   });
 }
 
-#ifdef __AMX_TILE__
+#ifdef AXON_TILES
 
 // The same by the matrix unit. Many rows are bound by what the second-level cache delivers, so two strips are taken
 // together; few by what memory does, so one is.
@@ -221,7 +221,7 @@ Laid<Format> laid(const Tensor& strips, int64_t N, int64_t K) {
 template <class Weights>
 void multiply_bf16(const uint16_t* x, const Weights& weights, const Results<uint16_t>& y, int64_t R, int64_t K,
                    int64_t products) {
-#ifdef __AMX_TILE__
+#ifdef AXON_TILES
   if (products == TILES && tiles_allowed()) return multiply_in_tiles<TilePairs>(x, weights, nullptr, y, R, K);
 #endif
 #ifdef __AVX512BF16__
@@ -243,13 +243,13 @@ void multiply_strips(const X* x, const Weight& weight, const Results<X>& y, int6
     if (weight.kind == BF16) return multiply_bf16(x, laid<Pairs>(weight.strips, y.N, K), y, R, K, products);
   if (weight.kind == INT8) {
     const auto strips = laid<Int8>(weight.strips, y.N, K);
-#ifdef __AMX_TILE__
+#ifdef AXON_TILES
     if (products == TILES && tiles_allowed()) return multiply_in_tiles<TileInt8>(x, strips, weight.scales, y, R, K);
 #endif
     return multiply<Int8>(x, strips, weight.scales, y, R, K);
   }
   const auto strips = laid<Int4>(weight.strips, y.N, K);
-#ifdef __AMX_TILE__
+#ifdef AXON_TILES
   if (products == TILES && tiles_allowed() && R >= WIDENED_ROWS)
     return multiply_in_tiles<TilePairs>(x, Widened{strips.strips, strips.length}, nullptr, y, R, K);
 #endif

@@ -51,7 +51,7 @@ constexpr int64_t TOGETHER = 64;  // rows that go through a strip together: thei
 constexpr int64_t GROUP = 32;     // input channels that share a scale in int4
 // Bytes ahead of a block that the processor is told to fetch, from AHEAD_ROWS rows on. Measured: on Zen 4 one row is
 // slower with it, 16 rows are 1.4 times as fast; on Intel with AMX one row of int4 is 1.3 times as fast.
-#ifdef __AMX_TILE__
+#ifdef AXON_TILES
 constexpr int64_t AHEAD = 3072, AHEAD_ROWS = 1;
 #else
 constexpr int64_t AHEAD = 12288, AHEAD_ROWS = 4;

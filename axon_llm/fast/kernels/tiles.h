@@ -15,7 +15,7 @@
 
 #include "formats.h"
 
-#ifdef __AMX_TILE__
+#ifdef AXON_TILES
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -27,7 +27,7 @@ constexpr int64_t TILE_AHEAD = 1024;  // as AHEAD: bytes
 
 // Whether this process may use tiles: Linux wants to be asked.
 inline bool tiles_allowed() {
-#ifdef __AMX_TILE__
+#ifdef AXON_TILES
   constexpr long REQUEST = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   static const bool allowed = syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
   return allowed;
@@ -38,7 +38,7 @@ inline bool tiles_allowed() {
 
 inline int64_t round_up(int64_t size, int64_t multiple) { return (size + multiple - 1) / multiple * multiple; }
 
-#ifdef __AMX_TILE__
+#ifdef AXON_TILES
 
 // The compiler does not know that loading a tile reads memory: what it stores has to be there.
 inline void written() { asm volatile("" ::: "memory"); }
