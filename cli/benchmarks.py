@@ -76,22 +76,8 @@ def main() -> int:
         words += [word for size in (1, 2, 4, 8, 16, 32, 64) for word in ("-b", str(size))]
         batches = _measured(f"{title}, bfloat16, by sequences decoding together", words, sections)
         for precision, (flags, peer) in list(PRECISIONS.items())[:2]:
-            words = [
-                "-m",
-                model,
-                *flags,
-                "-p",
-                "0",
-                "-n",
-                str(tokens // 2),
-                "-d",
-                "128",
-                "-b",
-                "8",
-                "--compile",
-                *repeat,
-            ]
-            _measured(f"{title}, {precision}, 8 sequences", [*words, *_against(peer)], sections)
+            words = ["-m", model, *flags, "-p", "0", "-n", str(tokens // 2), "-d", "128", "-b", "8"]
+            _measured(f"{title}, {precision}, 8 sequences", [*words, "--compile", *repeat, *_against(peer)], sections)
         if title == next(iter(SHAPES)):
             peers = ["transformers", *(f"gpt-fast:{folder}" for folder in [os.environ.get("AXON_GPT_FAST")] if folder)]
             words = ["-m", model, "--dtype", "bfloat16", "-p", "0", "-n", "16", "-d", "512", "-b", "1", "--compile"]

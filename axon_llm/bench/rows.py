@@ -14,13 +14,14 @@ from dataclasses import dataclass, field
 from statistics import mean, median, stdev
 
 import torch
+from torch import nn
 
 from axon_llm.bench.ceiling import Ceilings, Limits, seconds
 from axon_llm.config import ModelConfig
 from axon_llm.engine.runner import Runner
 from axon_llm.fast import ops
 from axon_llm.fast.int8 import Int8Linear
-from axon_llm.fast.strips import Int4Strips, Int8Strips, StripLinear
+from axon_llm.fast.strips import Int4Strips, Int8Strips
 from axon_llm.model import Transformer
 
 
@@ -99,6 +100,12 @@ class Row:
         }
 
 
+def _multiplies_integers(module: nn.Module) -> bool:
+    """A prefill multiplies by this linear's weights as integers; int4 by the matrix unit it does in bfloat16."""
+    in_bfloat16 = isinstance(module, Int4Strips) and module.products == ops.Products.TILES
+    return isinstance(module, Int8Linear | Int8Strips | Int4Strips) and not in_bfloat16
+
+
 @torch.inference_mode()
 def measure(
     model: Transformer,
@@ -133,10 +140,7 @@ def measure(
     )
     runner.cache.k.normal_()
     runner.cache.v.normal_()
-    tiles = any(isinstance(module, StripLinear) and module.products == ops.Products.TILES for module in model.modules())
-    # By the matrix unit many rows are multiplied by int4 weights in bfloat16.
-    integers = Int8Linear | Int8Strips if tiles else Int8Linear | Int8Strips | Int4Strips
-    int8 = any(isinstance(module, integers) for module in model.modules())
+    int8 = any(_multiplies_integers(module) for module in model.modules())
     ceilings = Ceilings(runner.device, model.embed_tokens.weight.dtype, int8)
     rows = [
         Row(

@@ -125,13 +125,13 @@ def measure(shape: str, folder: Path, repetitions: int, llama_bench: str | None,
     if compiled:
         cache = folder / "compiler-cache"
         environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache)}
+        # The first token comes from the prefill: it is the second that a compiled step gives.
+        two = [axon, "generate", prompt, "-n", "2", "--compile", "-m", str(plain)]
 
         def cold() -> tuple[float, int]:
             shutil.rmtree(cache, ignore_errors=True)
             return run_process(two, environment)
 
-        # The first token comes from the prefill: it is the second that a compiled step gives.
-        two = [axon, "generate", prompt, "-n", "2", "--compile", "-m", str(plain)]
         modes["bfloat16, compiled, cold, to the second token"] = cold
         modes["bfloat16, compiled, warm, to the second token"] = lambda: run_process(two, environment)
     if llama_bench:

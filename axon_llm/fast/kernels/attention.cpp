@@ -22,21 +22,12 @@ namespace {
 constexpr int64_t PIECE = 64;  // positions
 constexpr int64_t ROWS = 64;   // of a task, at most
 
-inline __mmask32 first(int64_t count) { return count >= 32 ? ~0u : count <= 0 ? 0 : (1u << count) - 1; }
-
 // Keys [PIECE, D] → strips of 16 positions: [PIECE / 16, blocks, 16 words, 16].
 inline void lay_keys(const uint16_t* k, int64_t stride, int64_t count, int64_t D, uint8_t* strips) {
-  const int64_t blocks = round_up(D, Pairs::INPUTS) / Pairs::INPUTS;
+  const int64_t blocks = pieces_of(D, Pairs::INPUTS);
   for (int64_t s = 0; s < PIECE; s += 16)
-    for (int64_t b = 0; b < blocks; b++, strips += Pairs::BYTES) {
-      __m512i rows[16];
-#pragma GCC unroll 16
-      for (int64_t i = 0; i < 16; i++)
-        rows[i] = _mm512_maskz_loadu_epi16(s + i < count ? first(D - 32 * b) : 0, k + (s + i) * stride + 32 * b);
-      turn(rows);
-#pragma GCC unroll 16
-      for (int i = 0; i < 16; i++) _mm512_store_si512(strips + 64 * i, rows[i]);
-    }
+    for (int64_t b = 0; b < blocks; b++, strips += Pairs::BYTES)
+      lay_block(k + s * stride + b * Pairs::INPUTS, stride, count - s, D - b * Pairs::INPUTS, strips);
 }
 
 // Values [PIECE, D] → strips of 16 channels: [⌈D / 32⌉ * 2, PIECE / 2 words, 16], two positions to a word.
@@ -47,8 +38,8 @@ inline void lay_values(const uint16_t* v, int64_t stride, int64_t count, int64_t
   constexpr int64_t STRIP = PIECE / 2 * 64;  // bytes
   for (int64_t d = 0; d < D; d += 32, strips += 2 * STRIP)
     for (int64_t s = 0; s < PIECE; s += 2) {
-      const __m512i even = _mm512_maskz_loadu_epi16(s < count ? first(D - d) : 0, v + s * stride + d);
-      const __m512i odd = _mm512_maskz_loadu_epi16(s + 1 < count ? first(D - d) : 0, v + (s + 1) * stride + d);
+      const __m512i even = _mm512_maskz_loadu_epi16(s < count ? first32(D - d) : 0, v + s * stride + d);
+      const __m512i odd = _mm512_maskz_loadu_epi16(s + 1 < count ? first32(D - d) : 0, v + (s + 1) * stride + d);
       _mm512_store_si512(strips + s / 2 * 64, _mm512_permutex2var_epi16(even, low, odd));
       _mm512_store_si512(strips + STRIP + s / 2 * 64, _mm512_permutex2var_epi16(even, high, odd));
     }
@@ -79,9 +70,7 @@ struct Vectors : Format {
       for (int64_t b = 0; b < blocks; b++, strips += Format::BYTES, ahead += Format::BYTES) {
         fetch(ahead, Format::BYTES);
         const typename Format::Block block(strips);
-        int64_t r = 0;
-        for (; r + 4 <= a.rows; r += 4) Format::template multiply<4>(block, a, b * a.rows + r, sums + r);
-        for (; r < a.rows; r++) Format::template multiply<1>(block, a, b * a.rows + r, sums + r);
+        multiply_rows<Format>(block, a, b * a.rows, a.rows, sums);
       }
   }
 };
@@ -133,9 +122,6 @@ struct InTiles : TilePairs {
 };
 #endif
 
-// The first `left` of a piece's positions.
-inline __mmask64 places_of(int64_t left) { return left >= PIECE ? ~0ull : (1ull << left) - 1; }
-
 struct Shape {
   int64_t B, Hq, Hkv, G, T, S, D;
 };
@@ -146,7 +132,7 @@ inline std::vector<int64_t> visible_pieces(const Shape& z, int64_t begin, int64_
   for (int64_t s = 0; s < z.S; s += PIECE) {
     uint64_t any = 0;
     for (int64_t t = begin / z.G; t <= (end - 1) / z.G && any == 0; t++) {
-      const __m512i seen = _mm512_maskz_loadu_epi8(places_of(z.S - s), mask + t * z.S + s);
+      const __m512i seen = _mm512_maskz_loadu_epi8(first64(z.S - s), mask + t * z.S + s);
       any = _mm512_test_epi8_mask(seen, seen);
     }
     if (any != 0) pieces.push_back(s);
@@ -163,7 +149,7 @@ struct Heads {
 template <class Format>
 void attend_rows(const Shape& z, const uint16_t* const* queries, int64_t begin, int64_t end, const Heads& here,
                  const Heads& then, int64_t k_stride, int64_t v_stride, const uint8_t* mask, uint16_t* const* out) {
-  const int64_t R = end - begin, rows = Format::places(R), key_blocks = round_up(z.D, Format::INPUTS) / Format::INPUTS;
+  const int64_t R = end - begin, rows = Format::places(R), key_blocks = pieces_of(z.D, Format::INPUTS);
   const int64_t value_strips = round_up(z.D, 32) / 16;
   // one after the other, in registers' worth: keys, values, scores, sums
   const int64_t key_size = PIECE * key_blocks, value_size = PIECE / 2 * value_strips, score_size = PIECE / 16 * rows;
@@ -217,7 +203,7 @@ void attend_rows(const Shape& z, const uint16_t* const* queries, int64_t begin, 
     lay_values(v, v_stride, count, z.D, values);
     for (int64_t r = 0; r < R; r++) {
       const uint8_t* row_mask = mask + (begin + r) / z.G * z.S + s;
-      const __m512i bytes = _mm512_maskz_loadu_epi8(places_of(count), row_mask);
+      const __m512i bytes = _mm512_maskz_loadu_epi8(first64(count), row_mask);
       const uint64_t seen = _mm512_test_epi8_mask(bytes, bytes);
       if (seen == 0 && total[r] == 0.0f) {  // nothing yet: no largest score to compare with
         for (int64_t i = 0; i < PIECE; i += 16) put(Format(), words, rows, r, i, _mm512_setzero_ps());
@@ -250,7 +236,7 @@ void attend_rows(const Shape& z, const uint16_t* const* queries, int64_t begin, 
   for (int64_t r = 0; r < R; r++)
     for (int64_t i = 0; i < value_strips; i++) {
       const __m512 mean = _mm512_mul_ps(sums[i * rows + r], _mm512_set1_ps(1.0f / total[r]));
-      store(out[begin + r] + 16 * i, mean, static_cast<__mmask16>(first(z.D - 16 * i) & 0xffff));
+      store(out[begin + r] + 16 * i, mean, first16(z.D - 16 * i));
     }
 }
 
@@ -269,7 +255,7 @@ Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& m
   const auto* value = static_cast<const uint16_t*>(v.const_data_ptr());
   const auto* masks = static_cast<const uint8_t*>(seen.const_data_ptr());
   auto* result = static_cast<uint16_t*>(y.mutable_data_ptr());
-  const int64_t all = z.T * z.G, tasks = round_up(all, ROWS) / ROWS;
+  const int64_t all = z.T * z.G, tasks = pieces_of(all, ROWS);
   const int64_t count = z.B * z.Hkv * tasks;
   share(count, 1, [&](Pieces& pieces) {
     std::vector<const uint16_t*> queries(all);

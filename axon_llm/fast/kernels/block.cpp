@@ -39,7 +39,7 @@ inline void norm_row(const uint16_t* x, const uint16_t* weight, float eps, uint1
   const __m512 factor = _mm512_set1_ps(1.0f / std::sqrt(_mm512_reduce_add_ps(squares) / static_cast<float>(K) + eps));
   for (int64_t k = 0; k < K; k += 16) {
     const __m512 even = rounded(_mm512_mul_ps(load(x + k, K - k), factor));
-    store(y + k, _mm512_mul_ps(even, load(weight + k, K - k)), lanes(K - k));
+    store(y + k, _mm512_mul_ps(even, load(weight + k, K - k)), first16(K - k));
   }
 }
 
@@ -52,7 +52,7 @@ inline void gate_rows(const uint16_t* both, uint16_t* y, int64_t R, int64_t I) {
         const __m512 gate = load(both + 2 * r * I + i, I - i), up = load(both + (2 * r + 1) * I + i, I - i);
         const __m512 opposite = _mm512_sub_ps(_mm512_setzero_ps(), gate);
         const __m512 silu = _mm512_div_ps(gate, _mm512_add_ps(one, exponential(opposite)));
-        store(y + r * I + i, _mm512_mul_ps(rounded(silu), up), lanes(I - i));
+        store(y + r * I + i, _mm512_mul_ps(rounded(silu), up), first16(I - i));
       }
   });
 }

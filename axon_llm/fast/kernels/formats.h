@@ -33,8 +33,7 @@ struct Pairs {
     int32_t* words = a.allocate(blocks * a.rows * WORDS);
     torch::stable::parallel_for(0, R, 16, [&](int64_t begin, int64_t end) {
       for (int64_t b = 0; b < blocks; b++) {
-        const int64_t left = K - b * INPUTS;
-        const __mmask32 here = left >= 32 ? ~0u : (1u << left) - 1;
+        const __mmask32 here = first32(K - b * INPUTS);
         for (int64_t r = begin; r < end; r++)
           _mm512_storeu_si512(words + (b * a.rows + r) * WORDS, _mm512_maskz_loadu_epi16(here, x + r * K + b * INPUTS));
       }
@@ -104,6 +103,18 @@ struct WidePairs : Pairs {
     for (int r = 0; r < ROWS; r++) sums[r] = _mm512_add_ps(sums[r], _mm512_add_ps(even[r], odd[r]));
   }
 };
+
+// Sixteen rows of bfloat16 become a block: `count` of them, the others and what is past the `left`-th channel are
+// zeros.
+inline void lay_block(const uint16_t* rows, int64_t stride, int64_t count, int64_t left, uint8_t* block) {
+  const __mmask32 here = first32(left);
+  __m512i words[16];
+#pragma GCC unroll 16
+  for (int64_t i = 0; i < 16; i++) words[i] = _mm512_maskz_loadu_epi16(i < count ? here : 0, rows + i * stride);
+  turn(words);
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i++) _mm512_store_si512(block + 64 * i, words[i]);
+}
 
 // int8 weights; activations rounded with a scale for each row. Sums are exact.
 struct Int8 {
@@ -245,5 +256,14 @@ struct Int4 {
 
   static __m512 finish(Sum sum, const Activations&, int64_t, const float*) { return sum; }
 };
+
+// sums += `rows` rows of a block of activations, from place `at` on, times a block of weights.
+template <class Format>
+inline void multiply_rows(const typename Format::Block& block, const Activations& a, int64_t at, int64_t rows,
+                          typename Format::Sum* sums) {
+  int64_t r = 0;
+  for (; r + 4 <= rows; r += 4) Format::template multiply<4>(block, a, at + r, sums + r);
+  for (; r < rows; r++) Format::template multiply<1>(block, a, at + r, sums + r);
+}
 
 }  // namespace

@@ -55,8 +55,7 @@ inline float dot(const uint16_t* a, const uint16_t* b, int64_t K, bool wide) {
   for (int64_t k = 0; k < K; k += 128) {
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++) {
-      const int64_t left = K - k - 32 * i;
-      const __mmask32 here = left >= 32 ? ~0u : left <= 0 ? 0 : (1u << left) - 1;
+      const __mmask32 here = first32(K - k - 32 * i);
       const __m512i x = _mm512_maskz_loadu_epi16(here, a + k + 32 * i),
                     y = _mm512_maskz_loadu_epi16(here, b + k + 32 * i);
 #ifdef __AVX512BF16__
@@ -98,12 +97,11 @@ void lay_strips(const Tensor& words, Tensor strips) {
   const int64_t N = words.size(0), W = words.size(1), length = strips.size(1);
   const auto* from = static_cast<const int32_t*>(words.const_data_ptr());
   auto* to = static_cast<int32_t*>(strips.mutable_data_ptr());
-  share((N + LANES - 1) / LANES, 1, [&](Pieces& pieces) {
+  share(pieces_of(N, LANES), 1, [&](Pieces& pieces) {
     for (int64_t strip, end; pieces.take(strip, end);)
       for (; strip < end; strip++)
         for (int64_t w = 0; w < length; w += 16) {
-          const int64_t left = W - w;
-          const __mmask16 here = left >= 16 ? 0xffff : left <= 0 ? 0 : (1u << left) - 1;
+          const __mmask16 here = first16(W - w);
           __m512i rows[16];
 #pragma GCC unroll 16
           for (int64_t i = 0; i < 16; i++) {

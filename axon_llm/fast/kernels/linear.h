@@ -8,15 +8,13 @@
 
 namespace {
 
-// What is in strips; blocks.py has the same numbers.
+// What is in strips; strips.py has the same numbers.
 enum Kind : int64_t { BF16, INT8, INT4 };
 
 // Rows from which int4 weights are widened to bfloat16 for the matrix unit; activations need no rounding then.
 constexpr int64_t WIDENED_ROWS = 64;
 // What the matrix unit takes together, so that activations, weights and sums stay in the second-level cache.
 constexpr int64_t TILE_ROWS = 512, TILE_BLOCKS = 8, TILE_STRIPS = 32;
-
-inline int64_t pieces_of(int64_t size, int64_t piece) { return (size + piece - 1) / piece; }
 
 // The least a thread takes of a weight of `count` parts and `bytes` in all: half of a small one, for taking pieces
 // would cost it more than waiting for the other threads.
@@ -47,18 +45,10 @@ struct Stored {
   int64_t N, K;
 
   const uint8_t* blocks(int64_t strip, int64_t first, int64_t count, uint8_t* room) const {
+    const int64_t n = strip * LANES;
     for (int64_t b = 0; b < count; b++) {
-      const int64_t k = (first + b) * Pairs::INPUTS, left = K - k;
-      const __mmask32 here = left >= 32 ? ~0u : (1u << left) - 1;
-      __m512i rows[16];
-#pragma GCC unroll 16
-      for (int64_t i = 0; i < 16; i++) {
-        const int64_t n = strip * LANES + i;
-        rows[i] = _mm512_maskz_loadu_epi16(n < N ? here : 0, weight + n * K + k);
-      }
-      turn(rows);
-#pragma GCC unroll 16
-      for (int i = 0; i < 16; i++) _mm512_store_si512(room + b * MADE + 64 * i, rows[i]);
+      const int64_t k = (first + b) * Pairs::INPUTS;
+      lay_block(weight + n * K + k, K, N - n, K - k, room + b * MADE);
     }
     return room;
   }
@@ -106,8 +96,6 @@ Memory room_for(int64_t blocks) {
   return Weights::MADE == 0 ? Memory(nullptr, &std::free) : memory(blocks * Weights::MADE / 4);
 }
 
-inline __mmask16 lanes(int64_t left) { return left >= LANES ? 0xffff : (1u << left) - 1; }
-
 // Where results go, [R, N]; with what is added to them.
 template <class X>
 struct Results {
@@ -120,7 +108,7 @@ struct Results {
   void put(int64_t r, int64_t n, __m512 values) const {
     if (bias != nullptr) values = _mm512_add_ps(values, load(bias + n, N - n));
     if (residual != nullptr) values = _mm512_add_ps(values, load(residual + r * N + n, N - n));
-    store(y + r * N + n, values, lanes(N - n));
+    store(y + r * N + n, values, first16(N - n));
   }
 };
 
@@ -151,10 +139,7 @@ void multiply(const X* x, const Weights& weights, const float* scales, const Res
             for (int64_t b = 0; b < blocks; b++, p += Format::BYTES) {
               const typename Format::Block block(p);
               if (rows >= AHEAD_ROWS) fetch(p + AHEAD, Format::BYTES);
-              const int64_t at = b * R + from;
-              int64_t r = 0;
-              for (; r + 4 <= rows; r += 4) Format::template multiply<4>(block, a, at + r, sums + r);
-              for (; r < rows; r++) Format::template multiply<1>(block, a, at + r, sums + r);
+              multiply_rows<Format>(block, a, b * R + from, rows, sums);
             }
           const int64_t n = strip * LANES;
           const float* scale = scales == nullptr ? nullptr : scales + n;

@@ -12,7 +12,7 @@ inline void turn_head(const uint16_t* from, uint16_t* to, const uint16_t* cos, c
   const int64_t half = D / 2;
   for (int64_t d = 0; d < half; d += 16) {
     const int64_t left = half - d;
-    const __mmask16 here = left >= 16 ? 0xffff : (1u << left) - 1;
+    const __mmask16 here = first16(left);
     const __m512 one = load(from + d, left), two = load(from + half + d, left);
     const __m512 first = _mm512_mul_ps(two, load(sin + d, left));
     const __m512 second = _mm512_mul_ps(one, load(sin + half + d, left));

@@ -139,12 +139,17 @@ inline Tensor blank(const std::vector<int64_t>& sizes, const Tensor& like) {
 
 inline Tensor in_order(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
 
+inline int64_t pieces_of(int64_t size, int64_t piece) { return (size + piece - 1) / piece; }
+
+// The first `left` of 16, of 32 or of 64.
+inline __mmask16 first16(int64_t left) { return left >= 16 ? 0xffff : left <= 0 ? 0 : (1u << left) - 1; }
+inline __mmask32 first32(int64_t left) { return left >= 32 ? ~0u : left <= 0 ? 0 : (1u << left) - 1; }
+inline __mmask64 first64(int64_t left) { return left >= 64 ? ~0ull : left <= 0 ? 0 : (1ull << left) - 1; }
+
 // Sixteen activations, zeros from the `left`-th on, as float32.
-inline __m512 load(const float* x, int64_t left) {
-  return _mm512_maskz_loadu_ps(left >= 16 ? 0xffff : left <= 0 ? 0 : (1u << left) - 1, x);
-}
+inline __m512 load(const float* x, int64_t left) { return _mm512_maskz_loadu_ps(first16(left), x); }
 inline __m512 load(const uint16_t* x, int64_t left) {
-  const __m256i bits = _mm256_maskz_loadu_epi16(left >= 16 ? 0xffff : left <= 0 ? 0 : (1u << left) - 1, x);
+  const __m256i bits = _mm256_maskz_loadu_epi16(first16(left), x);
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
 }
 

@@ -36,7 +36,7 @@ inline bool tiles_allowed() {
 #endif
 }
 
-inline int64_t round_up(int64_t size, int64_t multiple) { return (size + multiple - 1) / multiple * multiple; }
+inline int64_t round_up(int64_t size, int64_t multiple) { return pieces_of(size, multiple) * multiple; }
 
 #ifdef AXON_TILES
 
@@ -79,9 +79,7 @@ inline int64_t tile_rows(int64_t R) { return R <= TILE ? R : round_up(R, TILE); 
 
 // bfloat16 weights and activations; what is smaller than a normal number counts as zero.
 struct TilePairs : Pairs {
-  static void prepare(const uint16_t* x, int64_t R, int64_t K, int64_t blocks, Activations& a) {
-    Pairs::prepare(x, R, K, blocks, a);
-  }
+  using Pairs::prepare;
   static void prepare(const float* x, int64_t R, int64_t K, int64_t blocks, Activations& a) {
     auto* words = reinterpret_cast<uint16_t*>(a.allocate(blocks * a.rows * WORDS));
     torch::stable::parallel_for(0, R, 16, [&](int64_t begin, int64_t end) {
