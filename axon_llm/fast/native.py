@@ -27,8 +27,10 @@ from pathlib import Path
 
 FOLDER = Path(__file__).with_name("kernels")
 COMPILE_LIMIT_S = 300
-NEEDED = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni")
-OPTIONAL = (("avx512_bf16",), ("amx_tile", "amx_bf16", "amx_int8"))  # all of a set or none
+# What the kernels are written for, the best first; and what the best takes besides, all of a set or none.
+WIDE = ("fma", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni")
+NARROW = ("fma", "avx2")
+OPTIONAL = (("avx512_bf16",), ("amx_tile", "amx_bf16", "amx_int8"))
 
 
 class Unavailable(Exception):
@@ -117,19 +119,26 @@ def processor_flags() -> frozenset[str]:
     return frozenset(found[1].split()) if found else frozenset()
 
 
-def _flags() -> list[str]:
-    """Compiler flags for the instructions the kernels use here.
+def instructions() -> list[str]:
+    """What the kernels are compiled for here, as ``/proc/cpuinfo`` spells it.
 
     Raises:
-        Unavailable: this processor lacks some.
+        Unavailable: this processor lacks something.
     """
     present = processor_flags()
-    if missing := [name for name in NEEDED if name not in present]:
+    if present.issuperset(WIDE):
+        return [*WIDE, *(name for names in OPTIONAL if present.issuperset(names) for name in names)]
+    if missing := [name for name in NARROW if name not in present]:
         raise Unavailable(f"this processor ({platform.machine()}) has no {', '.join(missing)}")
-    used = [*NEEDED, *(name for names in OPTIONAL if present.issuperset(names) for name in names)]
+    return [*NARROW]
+
+
+def _flags() -> list[str]:
+    """Compiler flags for the instructions the kernels use here."""
+    used = instructions()
     spelt = (name.replace("_", "-" if name.startswith("amx") else "") for name in used)
     tiles = ["-DAXON_TILES"] if "amx_tile" in used else []  # compilers do not agree on a name for it
-    return ["-mfma", *(f"-m{name}" for name in spelt), *tiles]
+    return [*(f"-m{name}" for name in spelt), *tiles]
 
 
 def _library(flags: list[str]) -> Path:

@@ -32,27 +32,25 @@ inline void lay_keys(const uint16_t* k, int64_t stride, int64_t count, int64_t D
 
 // Values [PIECE, D] → strips of 16 channels: [⌈D / 32⌉ * 2, PIECE / 2 words, 16], two positions to a word.
 inline void lay_values(const uint16_t* v, int64_t stride, int64_t count, int64_t D, uint8_t* strips) {
-  alignas(64) static constexpr uint16_t LOW[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
-                                                   8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
-  const __m512i low = _mm512_load_si512(LOW), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
   constexpr int64_t STRIP = PIECE / 2 * 64;  // bytes
   for (int64_t d = 0; d < D; d += 32, strips += 2 * STRIP)
     for (int64_t s = 0; s < PIECE; s += 2) {
-      const __m512i even = _mm512_maskz_loadu_epi16(s < count ? first32(D - d) : 0, v + s * stride + d);
-      const __m512i odd = _mm512_maskz_loadu_epi16(s + 1 < count ? first32(D - d) : 0, v + (s + 1) * stride + d);
-      _mm512_store_si512(strips + s / 2 * 64, _mm512_permutex2var_epi16(even, low, odd));
-      _mm512_store_si512(strips + STRIP + s / 2 * 64, _mm512_permutex2var_epi16(even, high, odd));
+      const Words even = shorts_at(v + s * stride + d, s < count ? D - d : 0);
+      const Words odd = shorts_at(v + (s + 1) * stride + d, s + 1 < count ? D - d : 0);
+      Words low, high;
+      pair_up(even, odd, low, high);
+      put(strips + s / 2 * 64, low), put(strips + STRIP + s / 2 * 64, high);
     }
 }
 
 // Sixteen weights of row r, for positions s and up of a piece, as words of the format's activations.
-inline void put(const Pairs&, int32_t* words, int64_t rows, int64_t r, int64_t s, __m512 p) {
+inline void put_weights(const Pairs&, int32_t* words, int64_t rows, int64_t r, int64_t s, Floats p) {
   int32_t* block = words + (s / Pairs::INPUTS * rows + r) * Pairs::WORDS;
-  store(reinterpret_cast<uint16_t*>(block) + s % Pairs::INPUTS, p, 0xffff);
+  store(reinterpret_cast<uint16_t*>(block) + s % Pairs::INPUTS, p, LANES);
 }
-inline void put(const WidePairs&, int32_t* words, int64_t rows, int64_t r, int64_t s, __m512 p) {
+inline void put_weights(const WidePairs&, int32_t* words, int64_t rows, int64_t r, int64_t s, Floats p) {
   int32_t* block = words + (s / Pairs::INPUTS * rows + r) * WidePairs::WORDS;
-  _mm512_storeu_ps(reinterpret_cast<float*>(block) + s % Pairs::INPUTS, p);
+  put(reinterpret_cast<float*>(block) + s % Pairs::INPUTS, p);
 }
 
 // By the vector unit: sums [strips, rows] += the rows of `a` times strips, one after the other. What is needed `next`
@@ -63,7 +61,7 @@ struct Vectors : Format {
 
   static int64_t places(int64_t R) { return R; }
 
-  static void add_product(const Activations& a, int64_t blocks, int64_t count, const uint8_t* strips, __m512* sums,
+  static void add_product(const Activations& a, int64_t blocks, int64_t count, const uint8_t* strips, Floats* sums,
                           const uint16_t* next) {
     const auto* ahead = reinterpret_cast<const uint8_t*>(next);
     for (int64_t strip = 0; strip < count; strip++, sums += a.rows)
@@ -83,9 +81,9 @@ struct InTiles : TilePairs {
   // Scores of up to 16 rows with keys as they lie in the cache: a tile of 16 keys times `turned` rows are the scores'
   // columns, which are turned back. For so few rows that is less work than laying keys in strips. The products and the
   // order of their sums are the same.
-  static void few_scores(const int32_t* turned, int64_t blocks, const uint16_t* k, int64_t stride, __m512* scores,
+  static void few_scores(const int32_t* turned, int64_t blocks, const uint16_t* k, int64_t stride, Floats* scores,
                          const uint16_t* next) {
-    alignas(64) __m512i columns[TILE];
+    alignas(64) Words columns[TILE];
     const auto* ahead = reinterpret_cast<const uint8_t*>(next);
     for (int64_t s = 0; s < PIECE; s += TILE, scores += TILE, ahead += blocks * BYTES) {
       fetch(ahead, blocks * BYTES);
@@ -97,18 +95,15 @@ struct InTiles : TilePairs {
         multiply_tiles<1, 1>();
       }
       _tile_stored(0, columns, 64);
-      __m512i rows[TILE];
+      turn(columns);
 #pragma GCC unroll 16
-      for (int64_t i = 0; i < TILE; i++) rows[i] = columns[i];
-      turn(rows);
-#pragma GCC unroll 16
-      for (int64_t r = 0; r < TILE; r++) scores[r] = _mm512_castsi512_ps(rows[r]);
+      for (int64_t r = 0; r < TILE; r++) scores[r] = as_floats(columns[r]);
     }
   }
 
   static int64_t places(int64_t R) { return round_up(R, TILE); }
 
-  static void add_product(const Activations& a, int64_t blocks, int64_t count, const uint8_t* strips, __m512* sums,
+  static void add_product(const Activations& a, int64_t blocks, int64_t count, const uint8_t* strips, Floats* sums,
                           const uint16_t* next) {
     const auto* ahead = reinterpret_cast<const uint8_t*>(next);
     for (int64_t strip = 0; strip < count; strip += 2, strips += 2 * blocks * BYTES, sums += 2 * a.rows) {
@@ -132,8 +127,7 @@ inline std::vector<int64_t> visible_pieces(const Shape& z, int64_t begin, int64_
   for (int64_t s = 0; s < z.S; s += PIECE) {
     uint64_t any = 0;
     for (int64_t t = begin / z.G; t <= (end - 1) / z.G && any == 0; t++) {
-      const __m512i seen = _mm512_maskz_loadu_epi8(first64(z.S - s), mask + t * z.S + s);
-      any = _mm512_test_epi8_mask(seen, seen);
+      any = set_at(mask + t * z.S + s, z.S - s);
     }
     if (any != 0) pieces.push_back(s);
   }
@@ -154,11 +148,11 @@ void attend_rows(const Shape& z, const uint16_t* const* queries, int64_t begin, 
   // one after the other, in registers' worth: keys, values, scores, sums
   const int64_t key_size = PIECE * key_blocks, value_size = PIECE / 2 * value_strips, score_size = PIECE / 16 * rows;
   const Memory owned = memory(16 * (key_size + value_size + score_size + value_strips * rows));
-  auto* registers = reinterpret_cast<__m512*>(owned.get());
+  auto* registers = reinterpret_cast<Floats*>(owned.get());
   auto* keys = reinterpret_cast<uint8_t*>(registers);
   auto* values = reinterpret_cast<uint8_t*>(registers + key_size);
-  __m512 *scores = registers + key_size + value_size, *sums = scores + score_size;
-  std::fill(sums, sums + value_strips * rows, _mm512_setzero_ps());
+  Floats *scores = registers + key_size + value_size, *sums = scores + score_size;
+  std::fill(sums, sums + value_strips * rows, all(0.0f));
 
   Activations a(rows), weights(rows);
   std::vector<uint16_t> looking(R * z.D);
@@ -170,17 +164,17 @@ void attend_rows(const Shape& z, const uint16_t* const* queries, int64_t begin, 
   const bool as_they_lie = Format::TAKES_KEYS_AS_THEY_LIE && rows == TILE && z.D % Format::INPUTS == 0;
   const Memory turned = memory(as_they_lie ? key_blocks * TILE * TILE : 16);
   for (int64_t b = 0; as_they_lie && b < key_blocks; b++) {
-    __m512i block[TILE];
-    for (int64_t r = 0; r < TILE; r++) block[r] = _mm512_loadu_si512(a.words + (b * rows + r) * TILE);
+    Words block[TILE];
+    for (int64_t r = 0; r < TILE; r++) block[r] = words_at(a.words + (b * rows + r) * TILE);
     turn(block);
-    for (int64_t r = 0; r < TILE; r++) _mm512_store_si512(turned.get() + (b * TILE + r) * TILE, block[r]);
+    for (int64_t r = 0; r < TILE; r++) put(turned.get() + (b * TILE + r) * TILE, block[r]);
   }
 
   float most[ROWS], total[ROWS];
   std::fill(most, most + R, -std::numeric_limits<float>::infinity());
   std::fill(total, total + R, 0.0f);
-  const __m512 scale = _mm512_set1_ps(1.0f / std::sqrt(static_cast<float>(z.D)));
-  const __m512 nothing = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+  const Floats scale = all(1.0f / std::sqrt(static_cast<float>(z.D)));
+  const Floats nothing = all(-std::numeric_limits<float>::infinity());
 
   const std::vector<int64_t> pieces = visible_pieces(z, begin, end, mask);
   for (size_t piece = 0; piece < pieces.size(); piece++) {
@@ -197,46 +191,44 @@ void attend_rows(const Shape& z, const uint16_t* const* queries, int64_t begin, 
       }
     if (!scored) {
       lay_keys(k, k_stride, count, z.D, keys);
-      std::fill(scores, scores + score_size, _mm512_setzero_ps());
+      std::fill(scores, scores + score_size, all(0.0f));
       Format::add_product(a, key_blocks, PIECE / 16, keys, scores, k_next);
     }
     lay_values(v, v_stride, count, z.D, values);
     for (int64_t r = 0; r < R; r++) {
       const uint8_t* row_mask = mask + (begin + r) / z.G * z.S + s;
-      const __m512i bytes = _mm512_maskz_loadu_epi8(first64(count), row_mask);
-      const uint64_t seen = _mm512_test_epi8_mask(bytes, bytes);
+      const uint64_t seen = set_at(row_mask, count);
       if (seen == 0 && total[r] == 0.0f) {  // nothing yet: no largest score to compare with
-        for (int64_t i = 0; i < PIECE; i += 16) put(Format(), words, rows, r, i, _mm512_setzero_ps());
+        for (int64_t i = 0; i < PIECE; i += 16) put_weights(Format(), words, rows, r, i, all(0.0f));
         continue;
       }
-      __m512 x[4], largest = nothing;
+      Floats x[4], most_here = nothing;
 #pragma GCC unroll 4
       for (int i = 0; i < 4; i++) {
-        x[i] = _mm512_mask_mul_ps(nothing, static_cast<__mmask16>(seen >> (16 * i)), scores[i * rows + r], scale);
-        largest = _mm512_max_ps(largest, x[i]);
+        x[i] = choose(static_cast<uint16_t>(seen >> (16 * i)), scores[i * rows + r] * scale, nothing);
+        most_here = larger(most_here, x[i]);
       }
-      const float before = most[r], now = std::max(before, _mm512_reduce_max_ps(largest));
+      const float before = most[r], now = std::max(before, largest(most_here));
       const float shrink = before == now ? 1.0f : std::exp(before - now);
-      __m512 sum = _mm512_setzero_ps();
+      Floats weight = all(0.0f);
 #pragma GCC unroll 4
       for (int i = 0; i < 4; i++) {
-        const __mmask16 here = static_cast<__mmask16>(seen >> (16 * i));
-        const __m512 p = _mm512_maskz_mov_ps(here, exponential(_mm512_sub_ps(x[i], _mm512_set1_ps(now))));
-        sum = _mm512_add_ps(sum, p);
-        put(Format(), words, rows, r, 16 * i, p);
+        const Floats p = choose(static_cast<uint16_t>(seen >> (16 * i)), exponential(x[i] - all(now)), all(0.0f));
+        weight = weight + p;
+        put_weights(Format(), words, rows, r, 16 * i, p);
       }
       most[r] = now;
-      total[r] = total[r] * shrink + _mm512_reduce_add_ps(sum);
+      total[r] = total[r] * shrink + sum(weight);
       if (shrink != 1.0f)
         for (int64_t i = 0; i < value_strips; i++)
-          sums[i * rows + r] = _mm512_mul_ps(sums[i * rows + r], _mm512_set1_ps(shrink));
+          sums[i * rows + r] = sums[i * rows + r] * all(shrink);
     }
     Format::add_product(weights, blocks, value_strips, values, sums, next.v + at * v_stride);
   }
   for (int64_t r = 0; r < R; r++)
     for (int64_t i = 0; i < value_strips; i++) {
-      const __m512 mean = _mm512_mul_ps(sums[i * rows + r], _mm512_set1_ps(1.0f / total[r]));
-      store(out[begin + r] + 16 * i, mean, first16(z.D - 16 * i));
+      const Floats mean = sums[i * rows + r] * all(1.0f / total[r]);
+      store(out[begin + r] + 16 * i, mean, z.D - 16 * i);
     }
 }
 
@@ -286,7 +278,7 @@ Tensor bf16_attention(const Tensor& q, const Tensor& k, const Tensor& v, const T
 #ifdef AXON_TILES
   if (products == TILES && tiles_allowed()) return attend<InTiles, Tiles>(q, k, v, mask);
 #endif
-#ifdef __AVX512BF16__
+#ifdef AXON_PAIRS
   if (products != WIDE) return attend<Vectors<Pairs>>(q, k, v, mask);
 #endif
   return attend<Vectors<WidePairs>>(q, k, v, mask);

@@ -31,28 +31,26 @@ inline uint16_t* numbers(const Memory& room) { return reinterpret_cast<uint16_t*
 
 // RMSNorm of one row, as layers/norm.py has it; `y` may be where `x` is.
 inline void norm_row(const uint16_t* x, const uint16_t* weight, float eps, uint16_t* y, int64_t K) {
-  __m512 squares = _mm512_setzero_ps();
+  Floats squares = all(0.0f);
   for (int64_t k = 0; k < K; k += 16) {
-    const __m512 v = load(x + k, K - k);
-    squares = _mm512_fmadd_ps(v, v, squares);
+    const Floats v = load(x + k, K - k);
+    squares = fma(v, v, squares);
   }
-  const __m512 factor = _mm512_set1_ps(1.0f / std::sqrt(_mm512_reduce_add_ps(squares) / static_cast<float>(K) + eps));
+  const Floats factor = all(1.0f / std::sqrt(sum(squares) / static_cast<float>(K) + eps));
   for (int64_t k = 0; k < K; k += 16) {
-    const __m512 even = rounded(_mm512_mul_ps(load(x + k, K - k), factor));
-    store(y + k, _mm512_mul_ps(even, load(weight + k, K - k)), first16(K - k));
+    const Floats even = rounded(load(x + k, K - k) * factor);
+    store(y + k, even * load(weight + k, K - k), K - k);
   }
 }
 
 // Rows of a gate and what goes through it, [R, 2 I] → [R, I]: silu(gate) * up.
 inline void gate_rows(const uint16_t* both, uint16_t* y, int64_t R, int64_t I) {
-  const __m512 one = _mm512_set1_ps(1.0f);
   torch::stable::parallel_for(0, R, ROWS_AT_ONCE, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; r++)
       for (int64_t i = 0; i < I; i += 16) {
-        const __m512 gate = load(both + 2 * r * I + i, I - i), up = load(both + (2 * r + 1) * I + i, I - i);
-        const __m512 opposite = _mm512_sub_ps(_mm512_setzero_ps(), gate);
-        const __m512 silu = _mm512_div_ps(gate, _mm512_add_ps(one, exponential(opposite)));
-        store(y + r * I + i, _mm512_mul_ps(rounded(silu), up), first16(I - i));
+        const Floats gate = load(both + 2 * r * I + i, I - i), up = load(both + (2 * r + 1) * I + i, I - i);
+        const Floats silu = gate / (all(1.0f) + exponential(all(0.0f) - gate));
+        store(y + r * I + i, rounded(silu) * up, I - i);
       }
   });
 }

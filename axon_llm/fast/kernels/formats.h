@@ -11,19 +11,38 @@
 
 namespace {
 
+// Sums that a row is taken in by turns, begun anew in every block: neither waits for the other, nor for the block
+// before. Where registers are few, several rows are enough that do not wait for each other.
+template <int ROWS>
+constexpr int TURNS = HELD || ROWS == 1 ? 2 : 1;
+
+// What of a block is multiplied as it lies: sixteen Words.
+class SixteenWords {
+ public:
+#ifdef __AVX512F__
+  explicit SixteenWords(const uint8_t* p) {
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) words_[i] = words_at(p + 64 * i);
+  }
+  Words operator[](int i) const { return words_[i]; }
+
+ private:
+  Words words_[16];
+#else
+  explicit SixteenWords(const uint8_t* p) : p_(p) {}
+  Words operator[](int i) const { return words_at(p_ + 64 * i); }
+
+ private:
+  const uint8_t* p_;
+#endif
+};
+
 // bfloat16 weights and activations; products of pairs, summed in float32.
 struct Pairs {
   static constexpr bool ALONE = true;                              // one row is multiplied faster in a loop of its own
   static constexpr int64_t INPUTS = 32, WORDS = 16, BYTES = 1024;  // of a block: input channels, words of a row, bytes
-  using Sum = __m512;
-
-  struct Block {
-    __m512i w[16];
-    explicit Block(const uint8_t* p) {
-#pragma GCC unroll 16
-      for (int i = 0; i < 16; i++) w[i] = _mm512_loadu_si512(p + 64 * i);
-    }
-  };
+  using Sum = Floats;
+  using Block = SixteenWords;
 
   static void prepare(const uint16_t* x, int64_t R, int64_t K, int64_t blocks, Activations& a) {
     if (a.rows == 1 && K % INPUTS == 0) {
@@ -33,37 +52,36 @@ struct Pairs {
     int32_t* words = a.allocate(blocks * a.rows * WORDS);
     torch::stable::parallel_for(0, R, 16, [&](int64_t begin, int64_t end) {
       for (int64_t b = 0; b < blocks; b++) {
-        const __mmask32 here = first32(K - b * INPUTS);
+        const int64_t left = K - b * INPUTS;
         for (int64_t r = begin; r < end; r++)
-          _mm512_storeu_si512(words + (b * a.rows + r) * WORDS, _mm512_maskz_loadu_epi16(here, x + r * K + b * INPUTS));
+          put(words + (b * a.rows + r) * WORDS, shorts_at(x + r * K + b * INPUTS, left));
       }
     });
   }
 
-  static Sum first(const Activations&, int64_t) { return _mm512_setzero_ps(); }
+  static Sum first(const Activations&, int64_t) { return all(0.0f); }
 
-#ifdef __AVX512BF16__
+#ifdef AXON_PAIRS
   template <int ROWS>
   static inline void multiply(const Block& block, const Activations& a, int64_t at, Sum* sums) {
     const int32_t* x = a.words + at * WORDS;
-    __m512 even[ROWS], odd[ROWS];  // two sums, begun anew: neither waits for the other, nor for the block before
+    Floats parts[ROWS][2];
 #pragma GCC unroll 4
-    for (int r = 0; r < ROWS; r++) even[r] = odd[r] = _mm512_setzero_ps();
+    for (int r = 0; r < ROWS; r++) parts[r][0] = parts[r][1] = all(0.0f);
 #pragma GCC unroll 8
     for (int i = 0; i < 16; i += 2) {
 #pragma GCC unroll 4
       for (int r = 0; r < ROWS; r++) {
-        const __m512i one = _mm512_set1_epi32(x[r * WORDS + i]), two = _mm512_set1_epi32(x[r * WORDS + i + 1]);
-        even[r] = _mm512_dpbf16_ps(even[r], (__m512bh)block.w[i], (__m512bh)one);
-        odd[r] = _mm512_dpbf16_ps(odd[r], (__m512bh)block.w[i + 1], (__m512bh)two);
+        parts[r][0] = add_pairs(parts[r][0], block[i], all(x[r * WORDS + i]));
+        parts[r][1] = add_pairs(parts[r][1], block[i + 1], all(x[r * WORDS + i + 1]));
       }
     }
 #pragma GCC unroll 4
-    for (int r = 0; r < ROWS; r++) sums[r] = _mm512_add_ps(sums[r], _mm512_add_ps(even[r], odd[r]));
+    for (int r = 0; r < ROWS; r++) sums[r] = sums[r] + (parts[r][0] + parts[r][1]);
   }
 #endif
 
-  static __m512 finish(Sum sum, const Activations&, int64_t, const float*) { return sum; }
+  static Floats finish(Sum sum, const Activations&, int64_t, const float*) { return sum; }
 };
 
 // The same, multiplied in float32: for processors without the instruction, or where it is slow.
@@ -77,51 +95,49 @@ struct WidePairs : Pairs {
         for (int64_t r = begin; r < end; r++)
           for (int64_t k = 0; k < INPUTS; k += 16) {
             const int64_t from = b * INPUTS + k;
-            _mm512_storeu_ps(words + (b * a.rows + r) * WORDS + k, load(x + r * K + from, K - from));
+            put(words + (b * a.rows + r) * WORDS + k, load(x + r * K + from, K - from));
           }
     });
   }
 
   template <int ROWS>
   static inline void multiply(const Block& block, const Activations& a, int64_t at, Sum* sums) {
+    constexpr int LAST = TURNS<ROWS> - 1;
     const float* x = reinterpret_cast<const float*>(a.words) + at * WORDS;
-    const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000));
-    __m512 even[ROWS], odd[ROWS];
+    Floats parts[ROWS][LAST + 1];
 #pragma GCC unroll 4
-    for (int r = 0; r < ROWS; r++) even[r] = odd[r] = _mm512_setzero_ps();
+    for (int r = 0; r < ROWS; r++) parts[r][0] = all(0.0f), parts[r][LAST] = all(0.0f);
 #pragma GCC unroll 16
     for (int i = 0; i < 16; i++) {
-      const __m512 one = _mm512_castsi512_ps(_mm512_slli_epi32(block.w[i], 16));
-      const __m512 two = _mm512_castsi512_ps(_mm512_and_si512(block.w[i], upper));
+      const Floats one = low_half(block[i]), two = high_half(block[i]);
 #pragma GCC unroll 4
       for (int r = 0; r < ROWS; r++) {
-        even[r] = _mm512_fmadd_ps(one, _mm512_set1_ps(x[r * WORDS + 2 * i]), even[r]);
-        odd[r] = _mm512_fmadd_ps(two, _mm512_set1_ps(x[r * WORDS + 2 * i + 1]), odd[r]);
+        parts[r][0] = fma(one, all(x[r * WORDS + 2 * i]), parts[r][0]);
+        parts[r][LAST] = fma(two, all(x[r * WORDS + 2 * i + 1]), parts[r][LAST]);
       }
     }
 #pragma GCC unroll 4
-    for (int r = 0; r < ROWS; r++) sums[r] = _mm512_add_ps(sums[r], _mm512_add_ps(even[r], odd[r]));
+    for (int r = 0; r < ROWS; r++) sums[r] = sums[r] + (LAST == 0 ? parts[r][0] : parts[r][0] + parts[r][LAST]);
   }
 };
 
 // Sixteen rows of bfloat16 become a block: `count` of them, the others and what is past the `left`-th channel are
 // zeros.
 inline void lay_block(const uint16_t* rows, int64_t stride, int64_t count, int64_t left, uint8_t* block) {
-  const __mmask32 here = first32(left);
-  __m512i words[16];
+  Words words[16];
 #pragma GCC unroll 16
-  for (int64_t i = 0; i < 16; i++) words[i] = _mm512_maskz_loadu_epi16(i < count ? here : 0, rows + i * stride);
+  for (int64_t i = 0; i < 16; i++) words[i] = shorts_at(rows + i * stride, i < count ? left : 0);
   turn(words);
 #pragma GCC unroll 16
-  for (int i = 0; i < 16; i++) _mm512_store_si512(block + 64 * i, words[i]);
+  for (int i = 0; i < 16; i++) put(block + 64 * i, words[i]);
 }
 
 // int8 weights; activations rounded with a scale for each row. Sums are exact.
 struct Int8 {
   static constexpr bool ALONE = true;
-  static constexpr int64_t INPUTS = 64, WORDS = 16, BYTES = 1024;
-  using Sum = __m512i;
-  using Block = Pairs::Block;
+  static constexpr int64_t INPUTS = 64, WORDS = 16 * FOUR, BYTES = 1024;
+  using Sum = Words;
+  using Block = SixteenWords;
 
   template <class X>
   static void prepare(const X* x, int64_t R, int64_t K, int64_t blocks, Activations& a) {
@@ -133,40 +149,43 @@ struct Int8 {
         Largest most;
         for (int64_t k = 0; k < K; k += 16) most.add(load(row + k, K - k));
         const float largest = most.value();
-        const __m512 inverse = _mm512_set1_ps(127.0f / largest);
-        __m512i sum = _mm512_setzero_si512();
+        const Floats inverse = all(127.0f / largest);
+        Words total = all(0);
         for (int64_t k = 0; k < blocks * INPUTS; k += 16) {
-          int8_t* out = reinterpret_cast<int8_t*>(words + (k / INPUTS * a.rows + r) * WORDS) + k % INPUTS;
-          sum = _mm512_add_epi32(sum, to_bytes(load(row + k, K - k), inverse, out));
+          const Words bytes = nearest(load(row + k, K - k) * inverse);
+          put_fours(words + (k / INPUTS * a.rows + r) * WORDS, k % INPUTS, bytes);
+          total = total + bytes;
         }
         a.scale[r] = largest / 127.0f;
-        a.start[r] = less(128, _mm512_reduce_add_epi32(sum));  // the weights' bytes are 128 too large
+        a.start[r] = less(128, sum(total));  // the weights' bytes are 128 too large
       }
     });
   }
 
-  static Sum first(const Activations& a, int64_t r) { return _mm512_set1_epi32(a.start[r]); }
+  static Sum first(const Activations& a, int64_t r) { return all(a.start[r]); }
 
   template <int ROWS>
   static inline void multiply(const Block& block, const Activations& a, int64_t at, Sum* sums) {
+    constexpr int LAST = TURNS<ROWS> - 1;
     const int32_t* x = a.words + at * WORDS;
-    __m512i even[ROWS], odd[ROWS];
+    Words parts[ROWS][LAST + 1];
 #pragma GCC unroll 4
-    for (int r = 0; r < ROWS; r++) even[r] = odd[r] = _mm512_setzero_si512();
+    for (int r = 0; r < ROWS; r++) parts[r][0] = all(0), parts[r][LAST] = all(0);
 #pragma GCC unroll 8
     for (int i = 0; i < 16; i += 2) {
+      const Fours one = fours(block[i]), two = fours(block[i + 1]);
 #pragma GCC unroll 4
       for (int r = 0; r < ROWS; r++) {
-        even[r] = _mm512_dpbusd_epi32(even[r], block.w[i], _mm512_set1_epi32(x[r * WORDS + i]));
-        odd[r] = _mm512_dpbusd_epi32(odd[r], block.w[i + 1], _mm512_set1_epi32(x[r * WORDS + i + 1]));
+        parts[r][0] = add_fours(parts[r][0], one, x + r * WORDS + i * FOUR);
+        parts[r][LAST] = add_fours(parts[r][LAST], two, x + r * WORDS + (i + 1) * FOUR);
       }
     }
 #pragma GCC unroll 4
-    for (int r = 0; r < ROWS; r++) sums[r] = _mm512_add_epi32(sums[r], _mm512_add_epi32(even[r], odd[r]));
+    for (int r = 0; r < ROWS; r++) sums[r] = sums[r] + (LAST == 0 ? parts[r][0] : parts[r][0] + parts[r][LAST]);
   }
 
-  static __m512 finish(Sum sum, const Activations& a, int64_t r, const float* scale) {
-    return _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_set1_ps(a.scale[r])), _mm512_loadu_ps(scale));
+  static Floats finish(Sum sum, const Activations& a, int64_t r, const float* scale) {
+    return converted(sum) * all(a.scale[r]) * floats_at(scale);
   }
 };
 
@@ -174,26 +193,36 @@ struct Int8 {
 struct Int4 {
   static constexpr bool ALONE = false;
   static constexpr int64_t INPUTS = 2 * GROUP, WORDS = 16, BYTES = 640;  // two groups, 256 + 64 bytes each
-  using Sum = __m512;
+  using Sum = Floats;
 
-  struct Block {
-    __m512i w[16];
-    __m512 scale[2], middle[2];
-    explicit Block(const uint8_t* p) {
-      const __m512i low = _mm512_set1_epi8(15), upper = _mm512_set1_epi32(static_cast<int>(0xffff0000));
+  // One of a group's eight words of half bytes, from where the group begins.
+  static Words halves(const uint8_t* group, int i) {
+    const Words both = words_at(group + i / 2 * 64);
+    return i % 2 == 0 ? low_halves(both) : high_halves(both);
+  }
+
+  class Block {
+   public:
+    explicit Block(const uint8_t* p) : p_(p) {
+#ifdef __AVX512F__
 #pragma GCC unroll 2
-      for (int g = 0; g < 2; g++, p += 320) {
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; i++) {
-          const __m512i halves = _mm512_loadu_si512(p + 64 * i);
-          w[8 * g + 2 * i] = _mm512_and_si512(halves, low);
-          w[8 * g + 2 * i + 1] = _mm512_and_si512(_mm512_srli_epi16(halves, 4), low);
-        }
-        const __m512i factors = _mm512_loadu_si512(p + 256);
-        scale[g] = _mm512_castsi512_ps(_mm512_slli_epi32(factors, 16));
-        middle[g] = _mm512_castsi512_ps(_mm512_and_si512(factors, upper));
-      }
+      for (int g = 0; g < 2; g++)
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; i++) words_[g][i] = halves(p + 320 * g, i);
+#endif
     }
+    Words factors(int g) const { return words_at(p_ + 320 * g + 256); }
+#ifdef __AVX512F__
+    Words at(int g, int i) const { return words_[g][i]; }
+
+   private:
+    Words words_[2][8];
+#else
+    Words at(int g, int i) const { return halves(p_ + 320 * g, i); }
+
+   private:
+#endif
+    const uint8_t* p_;
   };
 
   template <class X>
@@ -204,57 +233,61 @@ struct Int4 {
     torch::stable::parallel_for(0, R, 8, [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; r++)
         for (int64_t k = 0; k < blocks * INPUTS; k += GROUP) {
-          const __m512 one = load(x + r * K + k, K - k), two = load(x + r * K + k + 16, K - k - 16);
+          const Floats one = load(x + r * K + k, K - k), two = load(x + r * K + k + 16, K - k - 16);
           Largest most;
           most.add(one), most.add(two);
           const float largest = most.value();
-          const __m512 inverse = _mm512_set1_ps(127.0f / largest);
+          const Floats inverse = all(127.0f / largest);
           const int64_t at = k / INPUTS * a.rows + r, group = 2 * at + k / GROUP % 2;
           int8_t* out = reinterpret_cast<int8_t*>(words + at * WORDS) + k % INPUTS;
-          const __m512i both = _mm512_add_epi32(to_bytes(one, inverse, out), to_bytes(two, inverse, out + 16));
-          const int32_t sum = _mm512_reduce_add_epi32(both);
+          const Words first = nearest(one * inverse), second = nearest(two * inverse);
+          put_bytes(out, first), put_bytes(out + 16, second);
+          const int32_t total = sum(first + second);
           a.scale[group] = largest / 127.0f;
-          a.sum[group] = a.scale[group] * static_cast<float>(sum);
-          a.start[group] = less(8, sum);  // the weights' half bytes are 8 too large
+          a.sum[group] = a.scale[group] * static_cast<float>(total);
+          a.start[group] = less(8, total);  // the weights' half bytes are 8 too large
         }
     });
   }
 
-  static Sum first(const Activations&, int64_t) { return _mm512_setzero_ps(); }
+  static Sum first(const Activations&, int64_t) { return all(0.0f); }
 
   template <int ROWS>
   static inline void multiply(const Block& block, const Activations& a, int64_t at, Sum* sums) {
     const int32_t *x = a.words + at * WORDS, *start = a.start.data() + 2 * at;
     const float *scale = a.scale.data() + 2 * at, *sum = a.sum.data() + 2 * at;
-    __m512i products[ROWS][2];
-#pragma GCC unroll 4
-    for (int r = 0; r < ROWS; r++)
+    constexpr int TOGETHER = TURNS<ROWS>;  // groups
 #pragma GCC unroll 2
-      for (int g = 0; g < 2; g++) products[r][g] = _mm512_set1_epi32(start[2 * r + g]);
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; i++) {
+    for (int first = 0; first < 2; first += TOGETHER) {
+      Words products[ROWS][TOGETHER];
 #pragma GCC unroll 4
       for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 2
-        for (int g = 0; g < 2; g++) {
-          const __m512i four = _mm512_set1_epi32(x[r * WORDS + 8 * g + i]);
-          products[r][g] = _mm512_dpbusd_epi32(products[r][g], block.w[8 * g + i], four);
-        }
-    }
+        for (int g = 0; g < TOGETHER; g++) products[r][g] = halves_from(start[2 * r + first + g]);
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; i++) {
 #pragma GCC unroll 4
-    for (int r = 0; r < ROWS; r++) {
-      __m512 groups[2];
+        for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 2
-      for (int g = 0; g < 2; g++) {
-        const __m512 scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(products[r][g]), block.scale[g]);
-        groups[g] = _mm512_mul_ps(block.middle[g], _mm512_set1_ps(sum[2 * r + g]));
-        groups[g] = _mm512_fmadd_ps(scaled, _mm512_set1_ps(scale[2 * r + g]), groups[g]);
+          for (int g = 0; g < TOGETHER; g++)
+            products[r][g] = add_halves(products[r][g], block.at(first + g, i), x[r * WORDS + 8 * (first + g) + i]);
       }
-      sums[r] = _mm512_add_ps(sums[r], _mm512_add_ps(groups[0], groups[1]));
+#pragma GCC unroll 4
+      for (int r = 0; r < ROWS; r++) {
+        Floats groups[TOGETHER];
+#pragma GCC unroll 2
+        for (int g = 0; g < TOGETHER; g++) {
+          const int one = 2 * r + first + g;
+          const Words factors = block.factors(first + g);
+          const Floats scaled = converted(gathered(products[r][g], start[one])) * low_half(factors);
+          groups[g] = fma(scaled, all(scale[one]), high_half(factors) * all(sum[one]));
+        }
+        sums[r] = sums[r] + (TOGETHER == 1 ? groups[0] : groups[0] + groups[TOGETHER - 1]);
+      }
     }
   }
 
-  static __m512 finish(Sum sum, const Activations&, int64_t, const float*) { return sum; }
+  static Floats finish(Sum sum, const Activations&, int64_t, const float*) { return sum; }
 };
 
 // sums += `rows` rows of a block of activations, from place `at` on, times a block of weights.

@@ -50,27 +50,23 @@ Tensor int4(const Tensor& x, const Tensor& strips, int64_t N, int64_t products) 
 
 // The sum of the products of two rows of bfloat16, in four parts: none waits for another.
 inline float dot(const uint16_t* a, const uint16_t* b, int64_t K, bool wide) {
-  __m512 parts[4];
-  for (auto& part : parts) part = _mm512_setzero_ps();
+  Floats parts[4];
+  for (auto& part : parts) part = all(0.0f);
   for (int64_t k = 0; k < K; k += 128) {
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++) {
-      const __mmask32 here = first32(K - k - 32 * i);
-      const __m512i x = _mm512_maskz_loadu_epi16(here, a + k + 32 * i),
-                    y = _mm512_maskz_loadu_epi16(here, b + k + 32 * i);
-#ifdef __AVX512BF16__
+      const int64_t from = k + 32 * i;
+      const Words x = shorts_at(a + from, K - from), y = shorts_at(b + from, K - from);
+#ifdef AXON_PAIRS
       if (!wide) {
-        parts[i] = _mm512_dpbf16_ps(parts[i], (__m512bh)x, (__m512bh)y);
+        parts[i] = add_pairs(parts[i], x, y);
         continue;
       }
 #endif
-      const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000));
-      const auto low = [](__m512i pair) { return _mm512_castsi512_ps(_mm512_slli_epi32(pair, 16)); };
-      const auto high = [&](__m512i pair) { return _mm512_castsi512_ps(_mm512_and_si512(pair, upper)); };
-      parts[i] = _mm512_fmadd_ps(low(x), low(y), _mm512_fmadd_ps(high(x), high(y), parts[i]));
+      parts[i] = fma(low_half(x), low_half(y), fma(high_half(x), high_half(y), parts[i]));
     }
   }
-  return _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(parts[0], parts[1]), _mm512_add_ps(parts[2], parts[3])));
+  return sum((parts[0] + parts[1]) + (parts[2] + parts[3]));
 }
 
 // A weight [N, K] as it lies in a checkpoint: slower than strips, and nothing had to be laid out beforehand.
@@ -86,7 +82,7 @@ Tensor stored(const Tensor& x, const Tensor& weight, int64_t products) {
         for (int64_t n, end; pieces.take(n, end);)
           for (; n < end; n++)
             for (int64_t r = 0; r < R; r++)
-              store(out + r * N + n, _mm512_set1_ps(dot(in + r * K, w + n * K, K, products == WIDE)), 1);
+              store(out + r * N + n, all(dot(in + r * K, w + n * K, K, products == WIDE)), 1);
       });
     }
   });
@@ -101,16 +97,15 @@ void lay_strips(const Tensor& words, Tensor strips) {
     for (int64_t strip, end; pieces.take(strip, end);)
       for (; strip < end; strip++)
         for (int64_t w = 0; w < length; w += 16) {
-          const __mmask16 here = first16(W - w);
-          __m512i rows[16];
+          Words rows[16];
 #pragma GCC unroll 16
           for (int64_t i = 0; i < 16; i++) {
             const int64_t n = strip * LANES + i;
-            rows[i] = _mm512_maskz_loadu_epi32(n < N ? here : 0, from + n * words.stride(0) + w);
+            rows[i] = words_at(from + n * words.stride(0) + w, n < N ? W - w : 0);
           }
           turn(rows);
           for (int64_t i = 0; i < std::min<int64_t>(16, length - w); i++)
-            _mm512_storeu_si512(to + (strip * length + w + i) * LANES, rows[i]);
+            put(to + (strip * length + w + i) * LANES, rows[i]);
         }
   });
 }

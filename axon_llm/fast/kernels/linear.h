@@ -69,23 +69,16 @@ struct Widened {
  private:
   // A group: eight registers of four bytes for each channel become sixteen of two bfloat16.
   static void widen(const uint8_t* p, uint8_t* to) {
-    const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000)), low = _mm512_set1_epi32(15);
-    const __m512i factors = _mm512_loadu_si512(p + 256), half = _mm512_set1_epi32(0x8000);
-    const __m512 scale = _mm512_castsi512_ps(_mm512_slli_epi32(factors, 16));
-    const __m512 middle = _mm512_castsi512_ps(_mm512_and_si512(factors, upper));
-    const __m512 start = _mm512_fnmadd_ps(_mm512_set1_ps(8.0f), scale, middle);
+    const Words factors = words_at(p + 256), half = all(0x8000), low = all(15);
+    const Floats scale = low_half(factors), start = fnma(all(8.0f), scale, high_half(factors));
     for (int i = 0; i < 4; i++, to += 256) {
-      const __m512i halves = _mm512_loadu_si512(p + 64 * i);
+      const Words halves = words_at(p + 64 * i);
 #pragma GCC unroll 4
       for (int pair = 0; pair < 4; pair++) {  // bytes 0 and 1 low, 2 and 3 low, 0 and 1 high, 2 and 3 high
         const int shift = 16 * (pair % 2) + 4 * (pair / 2);
-        const __m512i one = _mm512_and_si512(_mm512_srli_epi32(halves, shift), low);
-        const __m512i two = _mm512_and_si512(_mm512_srli_epi32(halves, shift + 8), low);
-        const __m512 first = _mm512_fmadd_ps(_mm512_cvtepi32_ps(one), scale, start);
-        const __m512 second = _mm512_fmadd_ps(_mm512_cvtepi32_ps(two), scale, start);
-        const __m512i even = _mm512_srli_epi32(_mm512_add_epi32(_mm512_castps_si512(first), half), 16);
-        const __m512i odd = _mm512_and_si512(_mm512_add_epi32(_mm512_castps_si512(second), half), upper);
-        _mm512_store_si512(to + 64 * pair, _mm512_or_si512(even, odd));
+        const Floats even = fma(converted((halves >> shift) & low), scale, start);
+        const Floats odd = fma(converted((halves >> (shift + 8)) & low), scale, start);
+        put(to + 64 * pair, ((as_words(even) + half) >> 16) | as_words(high_half(as_words(odd) + half)));
       }
     }
   }
@@ -105,10 +98,10 @@ struct Results {
   const X* residual = nullptr;  // [R, N]
 
   // Sixteen of row r, from channel n on.
-  void put(int64_t r, int64_t n, __m512 values) const {
-    if (bias != nullptr) values = _mm512_add_ps(values, load(bias + n, N - n));
-    if (residual != nullptr) values = _mm512_add_ps(values, load(residual + r * N + n, N - n));
-    store(y + r * N + n, values, first16(N - n));
+  void put(int64_t r, int64_t n, Floats values) const {
+    if (bias != nullptr) values = values + load(bias + n, N - n);
+    if (residual != nullptr) values = values + load(residual + r * N + n, N - n);
+    store(y + r * N + n, values, N - n);
   }
 };
 
@@ -209,7 +202,7 @@ void multiply_bf16(const uint16_t* x, const Weights& weights, const Results<uint
 #ifdef AXON_TILES
   if (products == TILES && tiles_allowed()) return multiply_in_tiles<TilePairs>(x, weights, nullptr, y, R, K);
 #endif
-#ifdef __AVX512BF16__
+#ifdef AXON_PAIRS
   if (products != WIDE) return multiply<Pairs>(x, weights, nullptr, y, R, K);
 #endif
   multiply<WidePairs>(x, weights, nullptr, y, R, K);

@@ -85,7 +85,7 @@ struct TilePairs : Pairs {
     torch::stable::parallel_for(0, R, 16, [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; r++)
         for (int64_t k = 0; k < blocks * INPUTS; k += 16)
-          store(words + (k / INPUTS * a.rows + r) * INPUTS + k % INPUTS, load(x + r * K + k, K - k), 0xffff);
+          store(words + (k / INPUTS * a.rows + r) * INPUTS + k % INPUTS, load(x + r * K + k, K - k), LANES);
     });
   }
 
@@ -98,9 +98,7 @@ struct TilePairs : Pairs {
     if constexpr (ROWS == 2 && STRIPS == 2) _tile_dpbf16ps(3, 5, 7);
   }
 
-  static __m512 finish_tile(const int32_t* sums, const Activations&, int64_t, const float*) {
-    return _mm512_loadu_ps(sums);
-  }
+  static Floats finish_tile(const int32_t* sums, const Activations&, int64_t, const float*) { return floats_at(sums); }
 };
 
 // int8 weights; activations rounded with a scale for each row. Sums are exact, and the same as those of Int8.
@@ -113,8 +111,8 @@ struct TileInt8 : Int8 {
     if constexpr (ROWS == 2 && STRIPS == 2) _tile_dpbsud(3, 5, 7);
   }
 
-  static __m512 finish_tile(const int32_t* sums, const Activations& a, int64_t r, const float* scale) {
-    return finish(_mm512_add_epi32(_mm512_loadu_si512(sums), first(a, r)), a, r, scale);
+  static Floats finish_tile(const int32_t* sums, const Activations& a, int64_t r, const float* scale) {
+    return finish(words_at(sums) + first(a, r), a, r, scale);
   }
 };
 

@@ -1,0 +1,70 @@
+// Sixteen numbers at once, one for each output channel of a strip: `Floats`, and `Words` of four bytes.
+//
+// They are a register of AVX-512 or two of AVX2. What the kernels need of either is in lanes512.h and lanes256.h, under
+// the same names and with the same results; a processor with half the registers, half as wide, differs in one more
+// thing: it cannot hold a block of weights, and reads its words when they are wanted (`HELD`).
+//
+// Every sum is taken in the same order on both, so that a norm or a rounded activation is the same to the bit.
+//
+// The instructions are described in Intel's Intrinsics Guide.
+//
+// Read next: strips.h.
+
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+namespace {
+
+constexpr int64_t LANES = 16;  // output channels of a strip
+
+}  // namespace
+
+#ifdef __AVX512F__
+#include "lanes512.h"
+#else
+#include "lanes256.h"
+#endif
+
+namespace {
+
+// The two bfloat16 of each word, as float32.
+inline Floats low_half(Words pairs) { return as_floats(pairs << 16); }
+inline Floats high_half(Words pairs) { return as_floats(pairs & all(static_cast<int32_t>(0xffff0000))); }
+
+// The nearest bfloat16, ties to even; what is not a number stays so.
+inline Floats rounded(Floats values) {
+  const Words bits = as_words(values), odd = (bits >> 16) & all(1);
+  const Words sum = where_no_number(values, all(0x7fc00000), bits + (odd + all(0x7fff)));
+  return as_floats(sum & all(static_cast<int32_t>(0xffff0000)));
+}
+
+// The first `left` of sixteen results.
+inline void store(uint16_t* y, Floats values, int64_t left) { put_shorts(y, as_words(rounded(values)) >> 16, left); }
+
+// e to the power of x: 2^n times a polynomial in what remains, to about float32's last bit.
+inline Floats exponential(Floats x) {
+  x = larger(all(-104.0f), x);  // in this order: what is not a number stays so
+  const Floats n = whole(x * all(1.44269504f));
+  Floats r = fnma(n, all(0.693145752f), x);  // ln 2 in two parts
+  r = fnma(n, all(1.42860677e-6f), r);
+  Floats p = all(1.0f / 720);
+  for (float c : {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) p = fma(p, r, all(c));
+  return times_power(p, n);
+}
+
+// The largest magnitude of some activations. Compared as integers: in that order what is not a number is larger than
+// any number, and shows in the result instead of being lost.
+class Largest {
+ public:
+  void add(Floats x) { most_ = larger(most_, as_words(x) & all(0x7fffffff)); }
+  float value() const { return first_of(as_floats(all(largest(most_)))); }
+
+ private:
+  Words most_ = as_words(all(1e-20f));  // rows of zeros have a scale too
+};
+
+}  // namespace
