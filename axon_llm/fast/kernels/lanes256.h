@@ -225,6 +225,13 @@ inline void turn(Words* words) {
   }
 }
 
+// What is computed here and now: without it, GCC takes all products of a block before it adds any, and has no registers
+// to put them in.
+inline Words now(Words x) {
+  asm("" : "+x"(x.low), "+x"(x.high));
+  return x;
+}
+
 // sums + products of four unsigned bytes of each word with four signed ones, which `x` points to: as shorts, for the
 // products of bytes would not fit in the shorts that this processor adds them up in.
 constexpr int64_t FOUR = 2;  // words that four signed bytes take: the first and third, the second and fourth
@@ -236,8 +243,8 @@ inline Fours fours(Words w) {
 }
 inline Words add_fours(Words sums, const Fours& w, const int32_t* x) {
   const __m256i one = _mm256_set1_epi32(x[0]), two = _mm256_set1_epi32(x[1]);
-  sums = sums + Words{_mm256_madd_epi16(w.even.low, one), _mm256_madd_epi16(w.even.high, one)};
-  return sums + Words{_mm256_madd_epi16(w.odd.low, two), _mm256_madd_epi16(w.odd.high, two)};
+  sums = now(sums + Words{_mm256_madd_epi16(w.even.low, one), _mm256_madd_epi16(w.even.high, one)});
+  return now(sums + Words{_mm256_madd_epi16(w.odd.low, two), _mm256_madd_epi16(w.odd.high, two)});
 }
 inline void put_fours(int32_t* words, int64_t k, Words x) {
   const __m256i shorts = _mm256_shufflehi_epi16(_mm256_shufflelo_epi16(signed_shorts(x), 0xd8), 0xd8);
@@ -253,8 +260,8 @@ inline Words high_halves(Words w) {
 inline Words halves_from(int32_t) { return all(0); }
 inline Words add_halves(Words sums, Words w, int32_t x) {
   const __m256i four = _mm256_set1_epi32(x);
-  return {_mm256_add_epi16(sums.low, _mm256_maddubs_epi16(w.low, four)),
-          _mm256_add_epi16(sums.high, _mm256_maddubs_epi16(w.high, four))};
+  return now({_mm256_add_epi16(sums.low, _mm256_maddubs_epi16(w.low, four)),
+              _mm256_add_epi16(sums.high, _mm256_maddubs_epi16(w.high, four))});
 }
 inline Words gathered(Words sums, int32_t start) {
   const __m256i ones = _mm256_set1_epi16(1);
