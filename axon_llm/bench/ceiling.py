@@ -6,6 +6,7 @@ multiplications. Both rates depend on the machine, the threads, and on a shared 
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -84,10 +85,12 @@ class Ceilings:
 
     def _product(self, device: torch.device, dtype: torch.dtype, int8: bool) -> Callable[[], object]:
         size = self._size
-        if int8 and ops.works("int8"):
-            weight = Int8Linear(torch.randint(-127, 128, (size, size), dtype=torch.int8), torch.ones(size))
-            q = torch.randint(0, 256, (size, size), dtype=torch.uint8)
-            return lambda: ops.int8_linear(q, weight.packed, weight.scale, weight.zero, wide=False)
+        if int8:
+            with contextlib.suppress(AttributeError, NotImplementedError, RuntimeError):  # a PyTorch without it
+                weight = Int8Linear(torch.randint(-127, 128, (size, size), dtype=torch.int8), torch.ones(size))
+                q = torch.randint(0, 256, (size, size), dtype=torch.uint8)
+                ops.int8_linear(q[:1], weight.packed, weight.scale, weight.zero)
+                return lambda: ops.int8_linear(q, weight.packed, weight.scale, weight.zero)
         if device.type == "cpu" and dtype == torch.bfloat16 and ops.wide_products():
             dtype = torch.float32
         one, other = torch.randn(2, size, size, device=device).to(dtype)

@@ -56,8 +56,7 @@ class Int8Linear(FastLinear):
         """``x`` ``[…, K]`` → ``[…, N]`` in x's dtype."""
         q, scale = quantise_rows(x)
         product = torch.ops.axon.int8_linear if torch.compiler.is_compiling() else ops.int8_linear
-        y: Tensor = product(q, self.packed, self.scale, self.zero, x.dtype == torch.float32) * scale
-        y = y.to(x.dtype)  # float16 times bfloat16 would go on as float32
+        y: Tensor = (product(q, self.packed, self.scale, self.zero) * scale).to(x.dtype)
         return y if self.bias is None else y + self.bias
 
     @property

@@ -25,7 +25,7 @@ from axon_llm.fast import native
 _library = torch.library.Library("axon", "DEF")
 _library.define("gemv(Tensor x, Tensor weight) -> Tensor")
 _library.define("packed_linear(Tensor x, Tensor packed, Tensor? bias, int out_features) -> Tensor")
-_library.define("int8_linear(Tensor q, Tensor packed, Tensor scale, Tensor zero, bool wide) -> Tensor")
+_library.define("int8_linear(Tensor q, Tensor packed, Tensor scale, Tensor zero) -> Tensor")
 _library.define("bf16_strips(Tensor x, Tensor strips, int out_features, int products) -> Tensor")
 _library.define("int8_strips(Tensor x, Tensor strips, Tensor scale, int out_features, int products) -> Tensor")
 _library.define("int4_strips(Tensor x, Tensor strips, int out_features, int products) -> Tensor")
@@ -69,19 +69,20 @@ def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: 
     return y
 
 
-def int8_linear(q: Tensor, packed: Tensor, scale: Tensor, zero: Tensor, wide: bool) -> Tensor:
+def int8_linear(q: Tensor, packed: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     """Bytes around 128 times int8 weights: ``q`` ``[…, K]`` → ``[…, N]``, not yet scaled by the rows' own scales.
+
+    The result is float32: one in bfloat16 is what oneDNN has only a reference for where there is no AVX-512, and that
+    is a thousand times slower.
 
     Args:
         q: uint8 ``[…, K]``.
         packed: weights in oneDNN's layout.
         scale: of the output channels, ``[N]``.
         zero: zeros, ``[N]`` int64.
-        wide: float32 out, else bfloat16.
     """
-    dtype = torch.float32 if wide else torch.bfloat16
     y: Tensor = torch.ops.onednn.qlinear_pointwise(
-        q, 1.0, 128, packed, scale, zero, None, 1.0, 0, dtype, "none", [], ""
+        q, 1.0, 128, packed, scale, zero, None, 1.0, 0, torch.float32, "none", [], ""
     )
     return y
 
@@ -105,7 +106,8 @@ def works(kernel: str, dtype: torch.dtype = torch.bfloat16) -> bool:
     """Whether this build of PyTorch has the operators that a kernel of ``plan.py`` uses on the CPU, and they run here.
 
     They belong to PyTorch's own compiler and are promised to nobody, so each is tried once, on a tiny product. Where
-    one is missing, one line on stderr says what that costs.
+    one is missing or wrong, one line on stderr says what that costs: oneDNN adds products of bytes up in 16 bits on a
+    processor with neither VNNI nor AMX, where large ones do not fit.
 
     Args:
         kernel: ``"packed"``, ``"int8"`` or ``"int4"``.
@@ -117,16 +119,18 @@ def works(kernel: str, dtype: torch.dtype = torch.bfloat16) -> bool:
             packed = torch.ops.mkldnn._reorder_linear_weight(torch.ones(64, 64, dtype=dtype), 1)
             packed_linear(x, packed, None, 64)
         elif kernel == "int8":
-            packed = torch.ops.onednn.qlinear_prepack(torch.ones(64, 64, dtype=torch.int8), None)
-            rows, scale = torch.full((2, 64), 129, dtype=torch.uint8), torch.ones(64)
-            int8_linear(rows, packed, scale, torch.zeros(64, dtype=torch.int64), wide=True)
+            packed = torch.ops.onednn.qlinear_prepack(torch.full((64, 64), 127, dtype=torch.int8), None)
+            rows, scale = torch.full((2, 64), 255, dtype=torch.uint8), torch.ones(64)
+            y = int8_linear(rows, packed, scale, torch.zeros(64, dtype=torch.int64))
+            if not bool((y == 64 * 127 * 127).all()):
+                raise NotImplementedError("its int8 sums overflow on this processor")
         elif kernel == "int4":
             packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(torch.ones(64, 64, dtype=torch.int32), 1)
             scales = torch.ones(2, 64, 2, dtype=torch.bfloat16)
             torch.ops.aten._weight_int4pack_mm_for_cpu(x.bfloat16(), packed, 32, scales)
     except (AttributeError, NotImplementedError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
-        costs = f"{kernel} linears run slowly, for PyTorch {torch.__version__} lacks what they use: {reason}"
+        costs = f"{kernel} linears run slowly, for PyTorch {torch.__version__} does not serve them: {reason}"
         print(f"axon: {costs}", file=sys.stderr)  # noqa: T201
         return False
     return True
@@ -208,8 +212,8 @@ def _packed_linear_shape(x: Tensor, packed: Tensor, bias: Tensor | None, out_fea
 
 
 @torch.library.register_fake("axon::int8_linear", lib=_library)
-def _int8_linear_shape(q: Tensor, packed: Tensor, scale: Tensor, zero: Tensor, wide: bool) -> Tensor:
-    return scale.new_empty(*q.shape[:-1], scale.shape[0], dtype=torch.float32 if wide else torch.bfloat16)
+def _int8_linear_shape(q: Tensor, packed: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    return scale.new_empty(*q.shape[:-1], scale.shape[0])
 
 
 @torch.library.register_fake("axon::bf16_strips", lib=_library)

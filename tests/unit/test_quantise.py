@@ -61,6 +61,7 @@ def test_rows_are_rounded_to_half_a_step_and_never_wrap_around(dtype: torch.dtyp
     assert ((back - x.float()).abs() <= scale.float() * 0.501).all()
 
 
+@pytest.mark.skipif(not ops.works("int8"), reason="PyTorch's int8 product is not exact on this processor")
 def test_the_int8_kernel_computes_the_product_of_the_rounded_numbers() -> None:
     w, x = weights(), torch.randn(5, 96, generator=torch.Generator().manual_seed(2))
     q, scale = quantise_int8(w)
@@ -261,4 +262,4 @@ def test_a_pytorch_without_the_private_operators_is_slow_and_right_and_says_so_o
         monkeypatch.undo()
         ops.works.cache_clear()
     assert describe(fast)["fused"]
-    assert capsys.readouterr().err.count("lacks what they use") == 1
+    assert capsys.readouterr().err.count("does not serve them") == 1

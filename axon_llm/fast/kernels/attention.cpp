@@ -35,8 +35,10 @@ inline void lay_values(const uint16_t* v, int64_t stride, int64_t count, int64_t
   constexpr int64_t STRIP = PIECE / 2 * 64;  // bytes
   for (int64_t d = 0; d < D; d += 32, strips += 2 * STRIP)
     for (int64_t s = 0; s < PIECE; s += 2) {
-      const Words even = shorts_at(v + s * stride + d, s < count ? D - d : 0);
-      const Words odd = shorts_at(v + (s + 1) * stride + d, s + 1 < count ? D - d : 0);
+      const uint16_t *one = v + s * stride + d, *two = one + stride;
+      const bool whole = s + 1 < count && D - d >= 32;
+      const Words even = whole ? words_at(one) : shorts_at(one, s < count ? D - d : 0);
+      const Words odd = whole ? words_at(two) : shorts_at(two, s + 1 < count ? D - d : 0);
       Words low, high;
       pair_up(even, odd, low, high);
       put(strips + s / 2 * 64, low), put(strips + STRIP + s / 2 * 64, high);
@@ -220,8 +222,7 @@ void attend_rows(const Shape& z, const uint16_t* const* queries, int64_t begin, 
       most[r] = now;
       total[r] = total[r] * shrink + sum(weight);
       if (shrink != 1.0f)
-        for (int64_t i = 0; i < value_strips; i++)
-          sums[i * rows + r] = sums[i * rows + r] * all(shrink);
+        for (int64_t i = 0; i < value_strips; i++) sums[i * rows + r] = sums[i * rows + r] * all(shrink);
     }
     Format::add_product(weights, blocks, value_strips, values, sums, next.v + at * v_stride);
   }

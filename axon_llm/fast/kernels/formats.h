@@ -16,6 +16,10 @@ namespace {
 template <int ROWS>
 constexpr int TURNS = HELD || ROWS == 1 ? 2 : 1;
 
+// Of a block: all where they are in registers. Where not, more than two are more code than is quick to run, and half as
+// fast.
+constexpr int WORDS_AT_ONCE = HELD ? 16 : 2;
+
 // What of a block is multiplied as it lies: sixteen Words.
 class SixteenWords {
  public:
@@ -25,12 +29,21 @@ class SixteenWords {
     for (int i = 0; i < 16; i++) words_[i] = words_at(p + 64 * i);
   }
   Words operator[](int i) const { return words_[i]; }
+  const SixteenWords& again() const { return *this; }
 
  private:
   Words words_[16];
 #else
   explicit SixteenWords(const uint8_t* p) : p_(p) {}
   Words operator[](int i) const { return words_at(p_ + 64 * i); }
+
+  // The same for other rows, and not to be read before: GCC would widen the weights once for all rows, and keep them
+  // where it takes as long to read them.
+  SixteenWords again() const {
+    const uint8_t* p = p_;
+    asm volatile("" : "+r"(p));
+    return SixteenWords(p);
+  }
 
  private:
   const uint8_t* p_;
@@ -107,13 +120,13 @@ struct WidePairs : Pairs {
     Floats parts[ROWS][LAST + 1];
 #pragma GCC unroll 4
     for (int r = 0; r < ROWS; r++) parts[r][0] = all(0.0f), parts[r][LAST] = all(0.0f);
-#pragma GCC unroll 16
+#pragma GCC unroll WORDS_AT_ONCE
     for (int i = 0; i < 16; i++) {
       const Floats one = low_half(block[i]), two = high_half(block[i]);
 #pragma GCC unroll 4
       for (int r = 0; r < ROWS; r++) {
-        parts[r][0] = fma(one, all(x[r * WORDS + 2 * i]), parts[r][0]);
-        parts[r][LAST] = fma(two, all(x[r * WORDS + 2 * i + 1]), parts[r][LAST]);
+        parts[r][0] = now(fma(one, all(x[r * WORDS + 2 * i]), parts[r][0]));
+        parts[r][LAST] = now(fma(two, all(x[r * WORDS + 2 * i + 1]), parts[r][LAST]));
       }
     }
 #pragma GCC unroll 4
@@ -124,12 +137,18 @@ struct WidePairs : Pairs {
 // Sixteen rows of bfloat16 become a block: `count` of them, the others and what is past the `left`-th channel are
 // zeros.
 inline void lay_block(const uint16_t* rows, int64_t stride, int64_t count, int64_t left, uint8_t* block) {
-  Words words[16];
+  const auto lay = [&](const auto& row) {
+    Words words[16];
 #pragma GCC unroll 16
-  for (int64_t i = 0; i < 16; i++) words[i] = shorts_at(rows + i * stride, i < count ? left : 0);
-  turn(words);
+    for (int64_t i = 0; i < 16; i++) words[i] = row(i);
+    turn(words);
 #pragma GCC unroll 16
-  for (int i = 0; i < 16; i++) put(block + 64 * i, words[i]);
+    for (int i = 0; i < 16; i++) put(block + 64 * i, words[i]);
+  };
+  if (count >= 16 && left >= Pairs::INPUTS)
+    lay([&](int64_t i) { return words_at(rows + i * stride); });
+  else
+    lay([&](int64_t i) { return shorts_at(rows + i * stride, i < count ? left : 0); });
 }
 
 // int8 weights; activations rounded with a scale for each row. Sums are exact.
@@ -212,6 +231,7 @@ struct Int4 {
 #endif
     }
     Words factors(int g) const { return words_at(p_ + 320 * g + 256); }
+    const Block& again() const { return *this; }
 #ifdef __AVX512F__
     Words at(int g, int i) const { return words_[g][i]; }
 
@@ -295,8 +315,8 @@ template <class Format>
 inline void multiply_rows(const typename Format::Block& block, const Activations& a, int64_t at, int64_t rows,
                           typename Format::Sum* sums) {
   int64_t r = 0;
-  for (; r + 4 <= rows; r += 4) Format::template multiply<4>(block, a, at + r, sums + r);
-  for (; r < rows; r++) Format::template multiply<1>(block, a, at + r, sums + r);
+  for (; r + 4 <= rows; r += 4) Format::template multiply<4>(block.again(), a, at + r, sums + r);
+  for (; r < rows; r++) Format::template multiply<1>(block.again(), a, at + r, sums + r);
 }
 
 }  // namespace

@@ -107,6 +107,17 @@ inline Words where_no_number(Floats x, Words then, Words other) {
   return {where_no_number(x.low, then.low, other.low), where_no_number(x.high, then.high, other.high)};
 }
 
+// What is computed here and now: without it, GCC takes all products of a block before it adds any, or widens all its
+// weights before it multiplies any, and has no registers to put them in.
+inline Floats now(Floats x) {
+  asm("" : "+x"(x.low), "+x"(x.high));
+  return x;
+}
+inline Words now(Words x) {
+  asm("" : "+x"(x.low), "+x"(x.high));
+  return x;
+}
+
 // From memory and to it, wherever it begins.
 inline const __m256i* registers(const void* p) { return static_cast<const __m256i*>(p); }
 inline __m256i* registers(void* p) { return static_cast<__m256i*>(p); }
@@ -225,13 +236,6 @@ inline void turn(Words* words) {
   }
 }
 
-// What is computed here and now: without it, GCC takes all products of a block before it adds any, and has no registers
-// to put them in.
-inline Words now(Words x) {
-  asm("" : "+x"(x.low), "+x"(x.high));
-  return x;
-}
-
 // sums + products of four unsigned bytes of each word with four signed ones, which `x` points to: as shorts, for the
 // products of bytes would not fit in the shorts that this processor adds them up in.
 constexpr int64_t FOUR = 2;  // words that four signed bytes take: the first and third, the second and fourth
@@ -254,9 +258,7 @@ inline void put_fours(int32_t* words, int64_t k, Words x) {
 // The same for half bytes 0 … 15, of which up to 32 for each channel are summed before they are `gathered`: in shorts,
 // where 8 * 2 * 15 * 127 still fits. What the sum begins with may not.
 inline Words low_halves(Words w) { return w & all(0x0f0f0f0f); }
-inline Words high_halves(Words w) {
-  return low_halves({_mm256_srli_epi16(w.low, 4), _mm256_srli_epi16(w.high, 4)});
-}
+inline Words high_halves(Words w) { return low_halves({_mm256_srli_epi16(w.low, 4), _mm256_srli_epi16(w.high, 4)}); }
 inline Words halves_from(int32_t) { return all(0); }
 inline Words add_halves(Words sums, Words w, int32_t x) {
   const __m256i four = _mm256_set1_epi32(x);

@@ -30,9 +30,7 @@ inline Floats fma(Floats a, Floats b, Floats c) { return {_mm512_fmadd_ps(a.v, b
 inline Floats fms(Floats a, Floats b, Floats c) { return {_mm512_fmsub_ps(a.v, b.v, c.v)}; }    // a b - c
 inline Floats fnma(Floats a, Floats b, Floats c) { return {_mm512_fnmadd_ps(a.v, b.v, c.v)}; }  // c - a b
 inline Floats larger(Floats a, Floats b) { return {_mm512_max_ps(a.v, b.v)}; }                  // b if either is none
-inline Floats whole(Floats x) {
-  return {_mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
-}
+inline Floats whole(Floats x) { return {_mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 inline Floats times_power(Floats x, Floats n) { return {_mm512_scalef_ps(x.v, n.v)}; }  // x 2^n
 inline float first_of(Floats x) { return _mm512_cvtss_f32(x.v); }
 inline float sum(Floats x) { return _mm512_reduce_add_ps(x.v); }
@@ -57,6 +55,10 @@ inline Floats choose(uint16_t bits, Floats x, Floats other) { return {_mm512_mas
 inline Words where_no_number(Floats x, Words then, Words other) {
   return {_mm512_mask_mov_epi32(other.v, _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q), then.v)};
 }
+
+// What is computed here and now: see lanes256.h.
+inline Floats now(Floats x) { return x; }
+inline Words now(Words x) { return x; }
 
 // From memory and to it, wherever it begins.
 inline Floats floats_at(const void* p) { return {_mm512_loadu_ps(p)}; }

@@ -90,22 +90,27 @@ Tensor stored(const Tensor& x, const Tensor& weight, int64_t products) {
 
 // Rows of words [N, W] into strips [⌈N / 16⌉, at least W, 16], which are filled up with zeros.
 void lay_strips(const Tensor& words, Tensor strips) {
-  const int64_t N = words.size(0), W = words.size(1), length = strips.size(1);
+  const int64_t N = words.size(0), W = words.size(1), length = strips.size(1), stride = words.stride(0);
   const auto* from = static_cast<const int32_t*>(words.const_data_ptr());
   auto* to = static_cast<int32_t*>(strips.mutable_data_ptr());
   share(pieces_of(N, LANES), 1, [&](Pieces& pieces) {
     for (int64_t strip, end; pieces.take(strip, end);)
       for (; strip < end; strip++)
         for (int64_t w = 0; w < length; w += 16) {
-          Words rows[16];
+          const int32_t* first = from + strip * LANES * stride + w;
+          int32_t* block = to + (strip * length + w) * LANES;
+          const int64_t here = N - strip * LANES, left = W - w;
+          const auto lay = [&](const auto& row) {
+            Words rows[16];
 #pragma GCC unroll 16
-          for (int64_t i = 0; i < 16; i++) {
-            const int64_t n = strip * LANES + i;
-            rows[i] = words_at(from + n * words.stride(0) + w, n < N ? W - w : 0);
-          }
-          turn(rows);
-          for (int64_t i = 0; i < std::min<int64_t>(16, length - w); i++)
-            put(to + (strip * length + w + i) * LANES, rows[i]);
+            for (int64_t i = 0; i < 16; i++) rows[i] = row(i);
+            turn(rows);
+            for (int64_t i = 0; i < std::min<int64_t>(16, length - w); i++) put(block + i * LANES, rows[i]);
+          };
+          if (here >= LANES && left >= 16)
+            lay([&](int64_t i) { return words_at(first + i * stride); });
+          else
+            lay([&](int64_t i) { return words_at(first + i * stride, i < here ? left : 0); });
         }
   });
 }

@@ -13,6 +13,8 @@ enum Kind : int64_t { BF16, INT8, INT4 };
 
 // Rows from which int4 weights are widened to bfloat16 for the matrix unit; activations need no rounding then.
 constexpr int64_t WIDENED_ROWS = 64;
+// What is taken together of many rows: strips, and blocks of each.
+constexpr int64_t MANY_STRIPS = 8, MANY_BLOCKS = 32;
 // What the matrix unit takes together, so that activations, weights and sums stay in the second-level cache.
 constexpr int64_t TILE_ROWS = 512, TILE_BLOCKS = 8, TILE_STRIPS = 32;
 
@@ -89,6 +91,8 @@ Memory room_for(int64_t blocks) {
   return Weights::MADE == 0 ? Memory(nullptr, &std::free) : memory(blocks * Weights::MADE / 4);
 }
 
+inline uint8_t* bytes(const Memory& room) { return reinterpret_cast<uint8_t*>(room.get()); }
+
 // Where results go, [R, N]; with what is added to them.
 template <class X>
 struct Results {
@@ -105,39 +109,58 @@ struct Results {
   }
 };
 
-// x [R, K] times the weights of all strips; threads share the strips.
+// sums of `rows` rows += those from place `at` of a block on, times blocks one after the other. The next block's places
+// are `R` on.
+template <class Format>
+inline void add_blocks(const uint8_t* p, int64_t blocks, const Activations& a, int64_t at, int64_t R, int64_t rows,
+                       typename Format::Sum* sums) {
+  if (Format::ALONE && rows == 1) {  // the sum and what is multiplied stay in registers
+    typename Format::Sum sum = sums[0];
+    for (int64_t b = 0; b < blocks; b++, p += Format::BYTES, at += R) {
+      if constexpr (AHEAD_ROWS == 1) fetch(p + AHEAD, Format::BYTES);
+      Format::template multiply<1>(typename Format::Block(p), a, at, &sum);
+    }
+    sums[0] = sum;
+  } else
+    for (int64_t b = 0; b < blocks; b++, p += Format::BYTES, at += R) {
+      const typename Format::Block block(p);
+      if (rows >= AHEAD_ROWS) fetch(p + AHEAD, Format::BYTES);
+      multiply_rows<Format>(block, a, at, rows, sums);
+    }
+}
+
+// x [R, K] times the weights of all strips; threads share the strips. Where rows are many, several strips are
+// multiplied by as much of some rows as stays in the second-level cache.
 template <class Format, class Weights, class X>
 void multiply(const X* x, const Weights& weights, const float* scales, const Results<X>& y, int64_t R, int64_t K) {
   const int64_t blocks = pieces_of(K, Format::INPUTS), count = pieces_of(y.N, LANES);
+  const bool few = R <= TOGETHER;
+  const int64_t strips = few ? 1 : MANY_STRIPS, chunk = few ? blocks : std::min(blocks, MANY_BLOCKS);
   Activations a(R);
   Format::prepare(x, R, K, blocks, a);
   share(count, least(count, count * blocks * Format::BYTES), [&](Pieces& pieces) {
-    alignas(64) typename Format::Sum sums[TOGETHER];
-    const Memory room = room_for<Weights>(blocks);
+    const Memory owned = memory(strips * R * LANES), room = room_for<Weights>(strips * chunk);
+    auto* sums = reinterpret_cast<typename Format::Sum*>(owned.get());  // [strips, R]
     for (int64_t strip, end; pieces.take(strip, end);)
-      for (; strip < end; strip++) {
-        const uint8_t* const all = weights.blocks(strip, 0, blocks, reinterpret_cast<uint8_t*>(room.get()));
-        for (int64_t from = 0; from < R; from += TOGETHER) {
-          const int64_t rows = std::min(TOGETHER, R - from);
-          for (int64_t r = 0; r < rows; r++) sums[r] = Format::first(a, from + r);
-          const uint8_t* p = all;
-          if (Format::ALONE && rows == 1) {  // the sum and what is multiplied stay in registers
-            typename Format::Sum sum = sums[0];
-            for (int64_t b = 0; b < blocks; b++, p += Format::BYTES) {
-              if constexpr (AHEAD_ROWS == 1) fetch(p + AHEAD, Format::BYTES);
-              Format::template multiply<1>(typename Format::Block(p), a, b * R + from, &sum);
-            }
-            sums[0] = sum;
-          } else
-            for (int64_t b = 0; b < blocks; b++, p += Format::BYTES) {
-              const typename Format::Block block(p);
-              if (rows >= AHEAD_ROWS) fetch(p + AHEAD, Format::BYTES);
-              multiply_rows<Format>(block, a, b * R + from, rows, sums);
-            }
-          const int64_t n = strip * LANES;
-          const float* scale = scales == nullptr ? nullptr : scales + n;
-          for (int64_t r = 0; r < rows; r++) y.put(from + r, n, Format::finish(sums[r], a, from + r, scale));
+      for (; strip < end; strip += strips) {
+        const int64_t together = std::min(strips, end - strip);
+        for (int64_t s = 0; s < together; s++)
+          for (int64_t r = 0; r < R; r++) sums[s * R + r] = Format::first(a, r);
+        for (int64_t b = 0; b < blocks; b += chunk) {
+          const int64_t taken = std::min(chunk, blocks - b);
+          const uint8_t* w[MANY_STRIPS];
+          for (int64_t s = 0; s < together; s++)
+            w[s] = weights.blocks(strip + s, b, taken, bytes(room) + s * chunk * Weights::MADE);
+          for (int64_t from = 0; from < R; from += TOGETHER)
+            for (int64_t s = 0; s < together; s++)
+              add_blocks<Format>(w[s], taken, a, b * R + from, R, std::min(TOGETHER, R - from), sums + s * R + from);
         }
+        for (int64_t r = 0; r < R; r++)
+          for (int64_t s = 0; s < together; s++) {
+            const int64_t n = (strip + s) * LANES;
+            const float* scale = scales == nullptr ? nullptr : scales + n;
+            y.put(r, n, Format::finish(sums[s * R + r], a, r, scale));
+          }
       }
   });
 }
@@ -167,7 +190,7 @@ void multiply_in_tiles(const X* x, const Weights& weights, const float* scales, 
               const int64_t now = std::min(strips, together - s), taken = std::min(chunk, blocks - b);
               const uint8_t* w[2];
               for (int64_t i = 0; i < now; i++) {
-                auto* to = reinterpret_cast<uint8_t*>(room.get()) + i * chunk * Weights::MADE;
+                auto* to = bytes(room) + i * chunk * Weights::MADE;
                 w[i] = weights.blocks(strip + s + i, b, taken, to);
               }
               tile_products<Format>(a.words + (b * a.rows + from) * Format::WORDS, a.rows * Format::WORDS * 4, here, w,

@@ -10,8 +10,8 @@
 //          channels comes the group's scale and middle, both bfloat16
 //
 // 64 bytes are a register, or two (lanes.h). A *block* is 16 times 64 bytes of weights: it is loaded, every row is
-// multiplied by it, and the next block of the strip follows. Four rows are multiplied in turn, product by product, because a product takes longer
-// than the processor waits before it starts the next one that does not depend on it.
+// multiplied by it, and the next block of the strip follows. Four rows are multiplied in turn, product by product,
+// because a product takes longer than the processor waits before it starts the next one that does not depend on it.
 //
 // The integer formats round activations to bytes: int8 with a scale for each row, int4 with a scale for each row and
 // group. Each row's sum is taken in the same order whatever rows are computed with it: its result is the same to the
