@@ -69,6 +69,12 @@ def tiles() -> bool:
     return load() and bool(ctypes.CDLL(str(built())).axon_tiles())
 
 
+@cache
+def pairs() -> bool:
+    """Whether the kernels can multiply bfloat16 as such, by the vector unit."""
+    return load() and "avx512_bf16" in instructions()
+
+
 def built() -> Path:
     """The compiled library; compiles it if it is not there.
 

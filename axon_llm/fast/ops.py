@@ -177,7 +177,7 @@ def products() -> Products:
     """The fastest way on this CPU; compiles and loads the kernels if nobody has."""
     if native.tiles():
         return Products.TILES
-    return Products.WIDE if wide_products() else Products.PAIRS
+    return Products.WIDE if not native.pairs() or wide_products() else Products.PAIRS
 
 
 @cache

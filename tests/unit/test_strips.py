@@ -2,6 +2,8 @@
 
 import copy
 import math
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -436,6 +438,34 @@ def test_without_a_working_compiler_it_says_so_and_goes_on(
     err = capsys.readouterr().err
     assert err.count("PyTorch's own kernels are used") == 1
     assert said in err
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not native.processor_flags().issuperset(native.WIDE), reason="this processor's are the narrow ones")
+def test_the_kernels_for_avx2_pass_these_tests_too() -> None:
+    here = Path(__file__)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "narrow", "-m", "not slow", here]
+    done = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": str(here.parent)}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 400  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("present", "used"),
+    [
+        (native.NARROW, native.NARROW),
+        ((*native.NARROW, "avx512f", "avx512_bf16"), native.NARROW),
+        ((*native.NARROW, *native.WIDE, "amx_tile"), native.WIDE),
+        ((*native.NARROW, *native.WIDE, "avx512_bf16"), (*native.WIDE, "avx512_bf16")),
+    ],
+)
+def test_the_best_instructions_of_which_all_are_there_are_used(
+    present: tuple[str, ...], used: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "processor_flags", lambda: frozenset(present))
+    assert native.instructions() == list(used)
 
 
 def test_a_processor_without_the_instructions_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -210,7 +210,7 @@ struct Int8 {
 
 // int4 weights, w = (q − 8) · scale + middle; activations rounded with a scale for each row and group.
 struct Int4 {
-  static constexpr bool ALONE = false;
+  static constexpr bool ALONE = !HELD;
   static constexpr int64_t INPUTS = 2 * GROUP, WORDS = 16, BYTES = 640;  // two groups, 256 + 64 bytes each
   using Sum = Floats;
 
