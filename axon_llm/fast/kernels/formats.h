@@ -14,7 +14,7 @@ namespace {
 // Sums that a row is taken in by turns, begun anew in every block: neither waits for the other, nor for the block
 // before. Where registers are few, several rows are enough that do not wait for each other.
 template <int ROWS>
-constexpr int TURNS = HELD || ROWS == 1 ? 2 : 1;
+constexpr int TURNS = HELD || ROWS <= 2 ? 2 : 1;
 
 // Of a block: all where they are in registers. Where not, more than two are more code than is quick to run, and half as
 // fast.
@@ -316,6 +316,7 @@ inline void multiply_rows(const typename Format::Block& block, const Activations
                           typename Format::Sum* sums) {
   int64_t r = 0;
   for (; r + 4 <= rows; r += 4) Format::template multiply<4>(block.again(), a, at + r, sums + r);
+  for (; r + 2 <= rows; r += 2) Format::template multiply<2>(block.again(), a, at + r, sums + r);
   for (; r < rows; r++) Format::template multiply<1>(block.again(), a, at + r, sums + r);
 }
 

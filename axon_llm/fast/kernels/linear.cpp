@@ -7,7 +7,7 @@
 namespace {
 
 // Rows up to which a weight as it lies in a checkpoint is multiplied where it lies; for more it is laid in strips.
-constexpr int64_t STORED_ROWS = 8;
+constexpr int64_t STORED_ROWS = HELD ? 8 : 2;
 
 // x […, K] and the result y […, N], of the same type: work(x, y, R, K).
 template <class Work>
