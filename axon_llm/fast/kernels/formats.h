@@ -20,34 +20,37 @@ constexpr int TURNS = HELD || ROWS <= 2 ? 2 : 1;
 // fast.
 constexpr int WORDS_AT_ONCE = HELD ? 16 : 2;
 
-// What of a block is multiplied as it lies: sixteen Words.
-class SixteenWords {
+// A block's sixteen words, as they are multiplied, from where it begins: all of them loaded, or each when it is wanted.
+template <class Format>
+class Loaded {
  public:
-#ifdef __AVX512F__
-  explicit SixteenWords(const uint8_t* p) {
+  explicit Loaded(const uint8_t* p) : begin(p) {
 #pragma GCC unroll 16
-    for (int i = 0; i < 16; i++) words_[i] = words_at(p + 64 * i);
+    for (int i = 0; i < 16; i++) words_[i] = Format::word(p, i);
   }
-  Words operator[](int i) const { return words_[i]; }
-  const SixteenWords& again() const { return *this; }
+  const auto& operator[](int i) const { return words_[i]; }
+  const Loaded& again() const { return *this; }
+
+  const uint8_t* const begin;
 
  private:
-  Words words_[16];
-#else
-  explicit SixteenWords(const uint8_t* p) : p_(p) {}
-  Words operator[](int i) const { return words_at(p_ + 64 * i); }
+  decltype(Format::word(nullptr, 0)) words_[16];
+};
+template <class Format>
+class InPlace {
+ public:
+  explicit InPlace(const uint8_t* p) : begin(p) {}
+  auto operator[](int i) const { return Format::word(begin, i); }
 
   // The same for other rows, and not to be read before: GCC would widen the weights once for all rows, and keep them
   // where it takes as long to read them.
-  SixteenWords again() const {
-    const uint8_t* p = p_;
+  InPlace again() const {
+    const uint8_t* p = begin;
     asm volatile("" : "+r"(p));
-    return SixteenWords(p);
+    return InPlace(p);
   }
 
- private:
-  const uint8_t* p_;
-#endif
+  const uint8_t* const begin;
 };
 
 // bfloat16 weights and activations; products of pairs, summed in float32.
@@ -55,7 +58,10 @@ struct Pairs {
   static constexpr bool ALONE = true;                              // one row is multiplied faster in a loop of its own
   static constexpr int64_t INPUTS = 32, WORDS = 16, BYTES = 1024;  // of a block: input channels, words of a row, bytes
   using Sum = Floats;
-  using Block = SixteenWords;
+  using Block = std::conditional_t<HELD, Loaded<Pairs>, InPlace<Pairs>>;  // for several rows
+  using Alone = Block;                                                    // for one
+
+  static Words word(const uint8_t* p, int i) { return words_at(p + 64 * i); }
 
   static void prepare(const uint16_t* x, int64_t R, int64_t K, int64_t blocks, Activations& a) {
     if (a.rows == 1 && K % INPUTS == 0) {
@@ -75,7 +81,7 @@ struct Pairs {
   static Sum first(const Activations&, int64_t) { return all(0.0f); }
 
 #ifdef AXON_PAIRS
-  template <int ROWS>
+  template <int ROWS, class Block>
   static inline void multiply(const Block& block, const Activations& a, int64_t at, Sum* sums) {
     const int32_t* x = a.words + at * WORDS;
     Floats parts[ROWS][2];
@@ -113,7 +119,7 @@ struct WidePairs : Pairs {
     });
   }
 
-  template <int ROWS>
+  template <int ROWS, class Block>
   static inline void multiply(const Block& block, const Activations& a, int64_t at, Sum* sums) {
     constexpr int LAST = TURNS<ROWS> - 1;
     const float* x = reinterpret_cast<const float*>(a.words) + at * WORDS;
@@ -156,7 +162,10 @@ struct Int8 {
   static constexpr bool ALONE = true;
   static constexpr int64_t INPUTS = 64, WORDS = 16 * FOUR, BYTES = 1024;
   using Sum = Words;
-  using Block = SixteenWords;
+  using Block = std::conditional_t<HELD, Loaded<Int8>, InPlace<Int8>>;
+  using Alone = Block;
+
+  static Fours word(const uint8_t* p, int i) { return fours(words_at(p + 64 * i)); }
 
   template <class X>
   static void prepare(const X* x, int64_t R, int64_t K, int64_t blocks, Activations& a) {
@@ -183,7 +192,7 @@ struct Int8 {
 
   static Sum first(const Activations& a, int64_t r) { return all(a.start[r]); }
 
-  template <int ROWS>
+  template <int ROWS, class Block>
   static inline void multiply(const Block& block, const Activations& a, int64_t at, Sum* sums) {
     constexpr int LAST = TURNS<ROWS> - 1;
     const int32_t* x = a.words + at * WORDS;
@@ -192,7 +201,7 @@ struct Int8 {
     for (int r = 0; r < ROWS; r++) parts[r][0] = all(0), parts[r][LAST] = all(0);
 #pragma GCC unroll 8
     for (int i = 0; i < 16; i += 2) {
-      const Fours one = fours(block[i]), two = fours(block[i + 1]);
+      const Fours one = block[i], two = block[i + 1];
 #pragma GCC unroll 4
       for (int r = 0; r < ROWS; r++) {
         parts[r][0] = add_fours(parts[r][0], one, x + r * WORDS + i * FOUR);
@@ -214,36 +223,14 @@ struct Int4 {
   static constexpr int64_t INPUTS = 2 * GROUP, WORDS = 16, BYTES = 640;  // two groups, 256 + 64 bytes each
   using Sum = Floats;
 
-  // One of a group's eight words of half bytes, from where the group begins.
-  static Words halves(const uint8_t* group, int i) {
-    const Words both = words_at(group + i / 2 * 64);
+  using Block = Loaded<Int4>;
+  using Alone = std::conditional_t<HELD, Block, InPlace<Int4>>;
+
+  // Of the half bytes of word i of a block: eight words to a group.
+  static Words word(const uint8_t* p, int i) {
+    const Words both = words_at(p + i / 8 * (BYTES / 2) + i % 8 / 2 * 64);
     return i % 2 == 0 ? low_halves(both) : high_halves(both);
   }
-
-  class Block {
-   public:
-    explicit Block(const uint8_t* p) : p_(p) {
-#ifdef __AVX512F__
-#pragma GCC unroll 2
-      for (int g = 0; g < 2; g++)
-#pragma GCC unroll 8
-        for (int i = 0; i < 8; i++) words_[g][i] = halves(p + 320 * g, i);
-#endif
-    }
-    Words factors(int g) const { return words_at(p_ + 320 * g + 256); }
-    const Block& again() const { return *this; }
-#ifdef __AVX512F__
-    Words at(int g, int i) const { return words_[g][i]; }
-
-   private:
-    Words words_[2][8];
-#else
-    Words at(int g, int i) const { return halves(p_ + 320 * g, i); }
-
-   private:
-#endif
-    const uint8_t* p_;
-  };
 
   template <class X>
   static void prepare(const X* x, int64_t R, int64_t K, int64_t blocks, Activations& a) {
@@ -272,7 +259,7 @@ struct Int4 {
 
   static Sum first(const Activations&, int64_t) { return all(0.0f); }
 
-  template <int ROWS>
+  template <int ROWS, class Block>
   static inline void multiply(const Block& block, const Activations& a, int64_t at, Sum* sums) {
     const int32_t *x = a.words + at * WORDS, *start = a.start.data() + 2 * at;
     const float *scale = a.scale.data() + 2 * at, *sum = a.sum.data() + 2 * at;
@@ -290,7 +277,7 @@ struct Int4 {
         for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 2
           for (int g = 0; g < TOGETHER; g++)
-            products[r][g] = add_halves(products[r][g], block.at(first + g, i), x[r * WORDS + 8 * (first + g) + i]);
+            products[r][g] = add_halves(products[r][g], block[8 * (first + g) + i], x[r * WORDS + 8 * (first + g) + i]);
       }
 #pragma GCC unroll 4
       for (int r = 0; r < ROWS; r++) {
@@ -298,7 +285,7 @@ struct Int4 {
 #pragma GCC unroll 2
         for (int g = 0; g < TOGETHER; g++) {
           const int one = 2 * r + first + g;
-          const Words factors = block.factors(first + g);
+          const Words factors = words_at(block.begin + (first + g) * (BYTES / 2) + 256);
           const Floats scaled = converted(gathered(products[r][g], start[one])) * low_half(factors);
           groups[g] = fma(scaled, all(scale[one]), high_half(factors) * all(sum[one]));
         }

@@ -118,7 +118,7 @@ inline void add_blocks(const uint8_t* p, int64_t blocks, const Activations& a, i
     typename Format::Sum sum = sums[0];
     for (int64_t b = 0; b < blocks; b++, p += Format::BYTES, at += R) {
       if constexpr (AHEAD_ROWS == 1) fetch(p + AHEAD, Format::BYTES);
-      Format::template multiply<1>(typename Format::Block(p), a, at, &sum);
+      Format::template multiply<1>(typename Format::Alone(p), a, at, &sum);
     }
     sums[0] = sum;
   } else
