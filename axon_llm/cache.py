@@ -98,6 +98,10 @@ class KVCache:
         view._set(k, v)
         return view
 
+    def layer(self, index: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of one layer over all positions, ``[B, Hkv, S, D]`` each, sharing memory."""
+        return self._layers[index]
+
     def update(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write new keys and values of one layer at their positions, and return everything that layer remembers.
 
@@ -111,7 +115,7 @@ class KVCache:
             The layer's keys and values over all positions, ``[B, Hkv, S, D]`` each. Positions never written, or
             written by a sequence that used this slot before, are in there too: masking them is attention's business.
         """
-        keys, values = self._layers[layer]
+        keys, values = self.layer(layer)
         # Assignment by index, not scatter_: a compiled step then writes in place, where scatter_ copies the whole view.
         rows = torch.arange(len(positions), device=positions.device)[:, None]  # [B, 1]
         keys[rows, :, positions] = k.transpose(1, 2).to(keys.dtype)  # [B, T, Hkv, D]

@@ -39,6 +39,7 @@ _library.define(
     "strips_qkv(Tensor x, Tensor norm, float eps, Tensor strips, Tensor? scale, Tensor? bias, Tensor? q_norm,"
     " Tensor? k_norm, Tensor cos, Tensor sin, int heads, int kv_heads, int kind, int products) -> Tensor"
 )
+_library.define("strips_remember(Tensor heads, Tensor positions, Tensor(a!) keys, Tensor(b!) values) -> ()")
 _library.define(
     "strips_add(Tensor x, Tensor strips, Tensor? scale, Tensor? bias, Tensor residual, int kind, int products)"
     " -> Tensor"
@@ -258,6 +259,11 @@ def _strips_qkv_shape(
     products: int,
 ) -> Tensor:  # fmt: skip
     return x.new_empty(*x.shape[:2], heads + 2 * kv_heads, cos.shape[3])
+
+
+@torch.library.register_fake("axon::strips_remember", lib=_library)
+def _strips_remember_shape(heads: Tensor, positions: Tensor, keys: Tensor, values: Tensor) -> None:
+    return None
 
 
 @torch.library.register_fake("axon::strips_add", lib=_library)

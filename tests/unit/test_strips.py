@@ -12,6 +12,7 @@ import pytest
 import torch
 from test_fast import CONFIG, QWEN, prefill_and_decode, random_model
 
+from axon_llm.cache import KVCache
 from axon_llm.config import ModelConfig
 from axon_llm.fast import accelerate, describe, native, ops
 from axon_llm.fast.attention import attend_in_strips
@@ -396,6 +397,33 @@ def test_a_block_in_four_calls_gives_what_the_products_one_by_one_do(
     assert not any(isinstance(block, StripBlock) for block in one_by_one.layers)
     logits = [prefill_and_decode(model, torch.bfloat16, rows) for model in (together, one_by_one)]
     assert 0 < relative(*logits) < (0.02 if kind == "bf16" else 0.05)
+
+
+@kernels
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_keys_and_values_are_remembered_as_the_cache_itself_does(tokens: int) -> None:
+    assert native.load()
+    caches = [KVCache(CONFIG, slots=3, max_seq_len=16, dtype=torch.bfloat16) for _ in range(2)]
+    views = [cache.view(slots=2, length=12) for cache in caches]
+    positions = torch.stack([torch.arange(tokens), torch.arange(7, 7 + tokens)])  # [B, T]
+    heads = numbers(2, tokens, CONFIG.num_heads + 2 * CONFIG.num_kv_heads, CONFIG.head_dim).bfloat16()
+    k, v = heads.transpose(1, 2)[:, CONFIG.num_heads :].chunk(2, dim=1)
+    views[0].update(1, positions, k, v)
+    torch.ops.axon.strips_remember(heads, positions, *views[1].layer(1))
+    assert torch.equal(caches[0].k, caches[1].k)
+    assert torch.equal(caches[0].v, caches[1].v)
+    assert caches[0].k.any()
+
+
+@kernels
+def test_nothing_is_remembered_beyond_the_cache() -> None:
+    assert native.load()
+    cache = KVCache(CONFIG, slots=1, max_seq_len=8, dtype=torch.bfloat16)
+    heads = numbers(1, 1, CONFIG.num_heads + 2 * CONFIG.num_kv_heads, CONFIG.head_dim).bfloat16()
+    for position in (-1, 8):
+        with pytest.raises(RuntimeError, match=f"no position {position}"):
+            torch.ops.axon.strips_remember(heads, torch.tensor([[position]]), *cache.layer(0))
+    assert not cache.k.any()
 
 
 def run_builder(cache: Path, **environment: str) -> "subprocess.CompletedProcess[str]":

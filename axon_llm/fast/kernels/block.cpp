@@ -94,6 +94,32 @@ Tensor qkv(const Tensor& x, const Tensor& norm, double eps, const Tensor& strips
   return y;
 }
 
+// The keys and values among heads [B, T, Hq + 2 Hkv, D], written where they are remembered, [B, Hkv, S, D] each, at
+// positions [B, T].
+void remember(const Tensor& heads, const Tensor& positions, Tensor k_cache, Tensor v_cache) {
+  const int64_t B = heads.size(0), T = heads.size(1), all = heads.size(2), D = heads.size(3);
+  const int64_t Hkv = k_cache.size(1), S = k_cache.size(2);
+  STD_TORCH_CHECK(heads.is_contiguous() && heads.scalar_type() == BFLOAT16 && k_cache.scalar_type() == BFLOAT16 &&
+                      v_cache.scalar_type() == BFLOAT16 && k_cache.stride(3) == 1 && v_cache.stride(3) == 1 &&
+                      k_cache.size(0) == B && v_cache.size(0) == B && all >= 2 * Hkv && k_cache.size(3) == D,
+                  "bfloat16 heads, and a cache for as many, are wanted");
+  STD_TORCH_CHECK(positions.scalar_type() == torch::headeronly::ScalarType::Long && positions.numel() == B * T,
+                  "positions [B, T] are wanted");
+  const Tensor where = in_order(positions);
+  const auto* at = values<int64_t>(where);
+  const auto* from = values<uint16_t>(heads);
+  const auto write = [&](Tensor& cache, int64_t b, int64_t position, const uint16_t* head) {
+    auto* to = static_cast<uint16_t*>(cache.mutable_data_ptr()) + b * cache.stride(0) + position * cache.stride(2);
+    for (int64_t h = 0; h < Hkv; h++) std::memcpy(to + h * cache.stride(1), head + h * D, D * sizeof(uint16_t));
+  };
+  for (int64_t row = 0; row < B * T; row++) {
+    STD_TORCH_CHECK(at[row] >= 0 && at[row] < S, "the cache has no position ", at[row]);
+    const uint16_t* key = from + (row * all + all - 2 * Hkv) * D;
+    write(k_cache, row / T, at[row], key);
+    write(v_cache, row / T, at[row], key + Hkv * D);
+  }
+}
+
 // residual [B, T, N] + x [B, T, K] times the weights.
 Tensor add_product(const Tensor& x, const Tensor& strips, const Maybe& scale, const Maybe& bias, const Tensor& residual,
                    int64_t kind, int64_t products) {
@@ -131,6 +157,7 @@ Tensor feed_forward(const Tensor& x, const Tensor& norm, double eps, const Tenso
 
 STABLE_TORCH_LIBRARY_IMPL(axon, CPU, m) {
   m.impl("strips_qkv", TORCH_BOX(&qkv));
+  m.impl("strips_remember", TORCH_BOX(&remember));
   m.impl("strips_add", TORCH_BOX(&add_product));
   m.impl("strips_feed_forward", TORCH_BOX(&feed_forward));
 }
