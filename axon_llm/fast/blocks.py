@@ -88,7 +88,7 @@ class FusedFeedForward(nn.Module):
 
 
 class StripBlock(nn.Module):
-    """The readable ``Block`` in four calls and the cache's update; bfloat16, all weights in strips of one format.
+    """The readable ``Block`` in five calls, the cache's update among them; bfloat16, weights in strips of one format.
 
     Args:
         block: whose norms and dimensions are taken over.
