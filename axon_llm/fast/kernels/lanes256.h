@@ -262,8 +262,8 @@ inline Words high_halves(Words w) { return low_halves({_mm256_srli_epi16(w.low, 
 inline Words halves_from(int32_t) { return all(0); }
 inline Words add_halves(Words sums, Words w, int32_t x) {
   const __m256i four = _mm256_set1_epi32(x);
-  return now({_mm256_add_epi16(sums.low, _mm256_maddubs_epi16(w.low, four)),
-              _mm256_add_epi16(sums.high, _mm256_maddubs_epi16(w.high, four))});
+  return now(Words{_mm256_add_epi16(sums.low, _mm256_maddubs_epi16(w.low, four)),
+                   _mm256_add_epi16(sums.high, _mm256_maddubs_epi16(w.high, four))});
 }
 inline Words gathered(Words sums, int32_t start) {
   const __m256i ones = _mm256_set1_epi16(1);
