@@ -145,13 +145,14 @@ class StripBlock(nn.Module):
             x, norm, eps, qkv.strips, qkv.scale, qkv.bias, q_norm, k_norm, *rope, Hq, Hkv, kind, how
         )  # [B, T, Hq + 2·Hkv, D]
         turned = heads.transpose(1, 2)
-        q, k, v = turned[:, :Hq], turned[:, Hq : Hq + Hkv], turned[:, Hq + Hkv :]
         if cache is not None and cache.k.dtype == x.dtype:
             k, v = cache.layer(self.layer)  # [B, Hkv, S, D]
-            torch.ops.axon.strips_remember(heads, positions, k, v)  # as cache.update does it, in a call less
-        elif cache is not None:
-            k, v = cache.update(self.layer, positions, k, v)
-        seen = self.attend(q, k, v, mask).transpose(1, 2).reshape(B, T, -1)  # [B, T, Hq · D]
+            torch.ops.axon.strips_remember(heads, positions, k, v)  # what cache.update does, as one call
+        else:
+            k, v = turned[:, Hq : Hq + Hkv], turned[:, Hq + Hkv :]
+            if cache is not None:
+                k, v = cache.update(self.layer, positions, k, v)
+        seen = self.attend(turned[:, :Hq], k, v, mask).transpose(1, 2).reshape(B, T, -1)  # [B, T, Hq · D]
         x = torch.ops.axon.strips_add(seen, out.strips, out.scale, out.bias, x, kind, how)
         norm, eps = self.post_attention_layernorm.weight, self.post_attention_layernorm.eps
         mixed: Tensor = torch.ops.axon.strips_feed_forward(

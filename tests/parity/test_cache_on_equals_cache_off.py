@@ -62,21 +62,20 @@ def test_cached_and_uncached_decoding_pick_the_same_tokens(name: str) -> None:
 def test_in_bfloat16_the_tokens_are_the_same_up_to_near_ties(name: str) -> None:
     """bfloat16 keeps 8 bits: where the two best logits are closer than that, either may win."""
     model = make_model(CONFIGS[name], torch.bfloat16)
-    tokens = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
+    # A given text: one that follows the model's own choices would be another on each processor, near ties and all.
+    text = torch.randint(0, model.config.vocab_size, (1, 72), generator=torch.Generator().manual_seed(0))
     cache = KVCache(model.config, max_seq_len=100, dtype=torch.bfloat16)
     near_ties = 0
-    logits = model(tokens, torch.arange(8)[None], cache)[:, -1]
+    logits = model(text[:, :8], torch.arange(8)[None], cache)[:, -1]
     for position in range(8, 72):
-        uncached = model(tokens, torch.arange(position)[None], None)[:, -1]
+        uncached = model(text[:, :position], torch.arange(position)[None], None)[:, -1]
         assert (logits - uncached).abs().max() < 0.15
         best = uncached.topk(2).values[0]
         near_tie = (best[0] - best[1]).item() < 0.15
         near_ties += near_tie
         assert near_tie or logits.argmax() == uncached.argmax()
-        tokens = torch.cat((tokens, uncached.argmax(-1, keepdim=True)), dim=1)
-        logits = model(tokens[:, -1:], torch.tensor([[position]]), cache)[:, -1]
-    # How many there are depends on the processor, whose rounding decides which text is followed; but not all may be.
-    assert near_ties < 56
+        logits = model(text[:, position : position + 1], torch.tensor([[position]]), cache)[:, -1]
+    assert near_ties < 40
 
 
 def test_eight_slots_at_different_positions_are_each_what_they_would_be_alone() -> None:

@@ -128,9 +128,7 @@ inline std::vector<int64_t> visible_pieces(const Shape& z, int64_t begin, int64_
   std::vector<int64_t> pieces;
   for (int64_t s = 0; s < z.S; s += PIECE) {
     uint64_t any = 0;
-    for (int64_t t = begin / z.G; t <= (end - 1) / z.G && any == 0; t++) {
-      any = set_at(mask + t * z.S + s, z.S - s);
-    }
+    for (int64_t t = begin / z.G; t <= (end - 1) / z.G && any == 0; t++) any = set_at(mask + t * z.S + s, z.S - s);
     if (any != 0) pieces.push_back(s);
   }
   return pieces;
@@ -165,12 +163,9 @@ void attend_rows(const Shape& z, const uint16_t* const* queries, int64_t begin, 
 
   const bool as_they_lie = Format::TAKES_KEYS_AS_THEY_LIE && rows == TILE && z.D % Format::INPUTS == 0;
   const Memory turned = memory(as_they_lie ? key_blocks * TILE * TILE : 16);
-  for (int64_t b = 0; as_they_lie && b < key_blocks; b++) {
-    Words block[TILE];
-    for (int64_t r = 0; r < TILE; r++) block[r] = words_at(a.words + (b * rows + r) * TILE);
-    turn(block);
-    for (int64_t r = 0; r < TILE; r++) put(turned.get() + (b * TILE + r) * TILE, block[r]);
-  }
+  for (int64_t b = 0; as_they_lie && b < key_blocks; b++)
+    lay_turned(turned.get() + b * TILE * TILE, TILE,
+               [&](int64_t r) { return words_at(a.words + (b * rows + r) * TILE); });
 
   float most[ROWS], total[ROWS];
   std::fill(most, most + R, -std::numeric_limits<float>::infinity());

@@ -81,8 +81,8 @@ struct Pairs {
   static Sum first(const Activations&, int64_t) { return all(0.0f); }
 
 #ifdef AXON_PAIRS
-  template <int ROWS, class Block>
-  static inline void multiply(const Block& block, const Activations& a, int64_t at, Sum* sums) {
+  template <int ROWS>
+  static inline void multiply(const auto& block, const Activations& a, int64_t at, Sum* sums) {
     const int32_t* x = a.words + at * WORDS;
     Floats parts[ROWS][2];
 #pragma GCC unroll 4
@@ -119,8 +119,8 @@ struct WidePairs : Pairs {
     });
   }
 
-  template <int ROWS, class Block>
-  static inline void multiply(const Block& block, const Activations& a, int64_t at, Sum* sums) {
+  template <int ROWS>
+  static inline void multiply(const auto& block, const Activations& a, int64_t at, Sum* sums) {
     constexpr int LAST = TURNS<ROWS> - 1;
     const float* x = reinterpret_cast<const float*>(a.words) + at * WORDS;
     Floats parts[ROWS][LAST + 1];
@@ -143,18 +143,10 @@ struct WidePairs : Pairs {
 // Sixteen rows of bfloat16 become a block: `count` of them, the others and what is past the `left`-th channel are
 // zeros.
 inline void lay_block(const uint16_t* rows, int64_t stride, int64_t count, int64_t left, uint8_t* block) {
-  const auto lay = [&](const auto& row) {
-    Words words[16];
-#pragma GCC unroll 16
-    for (int64_t i = 0; i < 16; i++) words[i] = row(i);
-    turn(words);
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; i++) put(block + 64 * i, words[i]);
-  };
   if (count >= 16 && left >= Pairs::INPUTS)
-    lay([&](int64_t i) { return words_at(rows + i * stride); });
+    lay_turned(block, 16, [&](int64_t i) { return words_at(rows + i * stride); });
   else
-    lay([&](int64_t i) { return shorts_at(rows + i * stride, i < count ? left : 0); });
+    lay_turned(block, 16, [&](int64_t i) { return shorts_at(rows + i * stride, i < count ? left : 0); });
 }
 
 // int8 weights; activations rounded with a scale for each row. Sums are exact.
@@ -192,8 +184,8 @@ struct Int8 {
 
   static Sum first(const Activations& a, int64_t r) { return all(a.start[r]); }
 
-  template <int ROWS, class Block>
-  static inline void multiply(const Block& block, const Activations& a, int64_t at, Sum* sums) {
+  template <int ROWS>
+  static inline void multiply(const auto& block, const Activations& a, int64_t at, Sum* sums) {
     constexpr int LAST = TURNS<ROWS> - 1;
     const int32_t* x = a.words + at * WORDS;
     Words parts[ROWS][LAST + 1];
@@ -259,37 +251,37 @@ struct Int4 {
 
   static Sum first(const Activations&, int64_t) { return all(0.0f); }
 
-  template <int ROWS, class Block>
-  static inline void multiply(const Block& block, const Activations& a, int64_t at, Sum* sums) {
+  template <int ROWS>
+  static inline void multiply(const auto& block, const Activations& a, int64_t at, Sum* sums) {
     const int32_t *x = a.words + at * WORDS, *start = a.start.data() + 2 * at;
     const float *scale = a.scale.data() + 2 * at, *sum = a.sum.data() + 2 * at;
-    constexpr int TOGETHER = TURNS<ROWS>;  // groups
+    constexpr int GROUPS = TURNS<ROWS>;  // taken together
 #pragma GCC unroll 2
-    for (int first = 0; first < 2; first += TOGETHER) {
-      Words products[ROWS][TOGETHER];
+    for (int first = 0; first < 2; first += GROUPS) {
+      Words products[ROWS][GROUPS];
 #pragma GCC unroll 4
       for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 2
-        for (int g = 0; g < TOGETHER; g++) products[r][g] = halves_from(start[2 * r + first + g]);
+        for (int g = 0; g < GROUPS; g++) products[r][g] = halves_from(start[2 * r + first + g]);
 #pragma GCC unroll 8
       for (int i = 0; i < 8; i++) {
 #pragma GCC unroll 4
         for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 2
-          for (int g = 0; g < TOGETHER; g++)
+          for (int g = 0; g < GROUPS; g++)
             products[r][g] = add_halves(products[r][g], block[8 * (first + g) + i], x[r * WORDS + 8 * (first + g) + i]);
       }
 #pragma GCC unroll 4
       for (int r = 0; r < ROWS; r++) {
-        Floats groups[TOGETHER];
+        Floats groups[GROUPS];
 #pragma GCC unroll 2
-        for (int g = 0; g < TOGETHER; g++) {
+        for (int g = 0; g < GROUPS; g++) {
           const int one = 2 * r + first + g;
           const Words factors = words_at(block.begin + (first + g) * (BYTES / 2) + 256);
           const Floats scaled = converted(gathered(products[r][g], start[one])) * low_half(factors);
           groups[g] = fma(scaled, all(scale[one]), high_half(factors) * all(sum[one]));
         }
-        sums[r] = sums[r] + (TOGETHER == 1 ? groups[0] : groups[0] + groups[TOGETHER - 1]);
+        sums[r] = sums[r] + (GROUPS == 1 ? groups[0] : groups[0] + groups[GROUPS - 1]);
       }
     }
   }

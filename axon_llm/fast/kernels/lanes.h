@@ -14,6 +14,7 @@
 
 #include <immintrin.h>
 
+#include <bit>
 #include <cstdint>
 #include <cstring>
 
@@ -35,6 +36,10 @@ namespace {
 inline Floats low_half(Words pairs) { return as_floats(pairs << 16); }
 inline Floats high_half(Words pairs) { return as_floats(pairs & all(static_cast<int32_t>(0xffff0000))); }
 
+// The lower and the upper half of each byte, as bytes.
+inline Words low_halves(Words w) { return w & all(0x0f0f0f0f); }
+inline Words high_halves(Words w) { return low_halves(w >> 4); }
+
 // The nearest bfloat16, ties to even; what is not a number stays so.
 inline Floats rounded(Floats values) {
   const Words bits = as_words(values), odd = (bits >> 16) & all(1);
@@ -44,6 +49,17 @@ inline Floats rounded(Floats values) {
 
 // The first `left` of sixteen results.
 inline void store(uint16_t* y, Floats values, int64_t left) { put_shorts(y, as_words(rounded(values)) >> 16, left); }
+
+// Sixteen rows of sixteen words, turned: `count` of the columns, one after the other.
+template <class Row>
+inline void lay_turned(void* to, int64_t count, const Row& row) {
+  Words words[16];
+#pragma GCC unroll 16
+  for (int64_t i = 0; i < 16; i++) words[i] = row(i);
+  turn(words);
+#pragma GCC unroll 16
+  for (int64_t i = 0; i < count; i++) put(static_cast<uint8_t*>(to) + 64 * i, words[i]);
+}
 
 // e to the power of x: 2^n times a polynomial in what remains, to about float32's last bit.
 inline Floats exponential(Floats x) {
@@ -61,7 +77,7 @@ inline Floats exponential(Floats x) {
 class Largest {
  public:
   void add(Floats x) { most_ = larger(most_, as_words(x) & all(0x7fffffff)); }
-  float value() const { return first_of(as_floats(all(largest(most_)))); }
+  float value() const { return std::bit_cast<float>(largest(most_)); }
 
  private:
   Words most_ = as_words(all(1e-20f));  // rows of zeros have a scale too

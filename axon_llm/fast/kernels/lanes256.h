@@ -64,7 +64,6 @@ inline Floats times_power(Floats x, Floats n) {
 }
 
 // Over all sixteen, in the order in which a register of AVX-512 is halved.
-inline float first_of(Floats x) { return _mm256_cvtss_f32(x.low); }
 inline float sum(Floats x) {
   const __m256 eight = _mm256_add_ps(x.high, x.low);
   const __m128 four = _mm_add_ps(_mm256_extractf128_ps(eight, 1), _mm256_castps256_ps128(eight));
@@ -257,8 +256,6 @@ inline void put_fours(int32_t* words, int64_t k, Words x) {
 
 // The same for half bytes 0 … 15, of which up to 32 for each channel are summed before they are `gathered`: in shorts,
 // where 8 * 2 * 15 * 127 still fits. What the sum begins with may not.
-inline Words low_halves(Words w) { return w & all(0x0f0f0f0f); }
-inline Words high_halves(Words w) { return low_halves({_mm256_srli_epi16(w.low, 4), _mm256_srli_epi16(w.high, 4)}); }
 inline Words halves_from(int32_t) { return all(0); }
 inline Words add_halves(Words sums, Words w, int32_t x) {
   const __m256i four = _mm256_set1_epi32(x);

@@ -32,7 +32,6 @@ inline Floats fnma(Floats a, Floats b, Floats c) { return {_mm512_fnmadd_ps(a.v,
 inline Floats larger(Floats a, Floats b) { return {_mm512_max_ps(a.v, b.v)}; }                  // b if either is none
 inline Floats whole(Floats x) { return {_mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 inline Floats times_power(Floats x, Floats n) { return {_mm512_scalef_ps(x.v, n.v)}; }  // x 2^n
-inline float first_of(Floats x) { return _mm512_cvtss_f32(x.v); }
 inline float sum(Floats x) { return _mm512_reduce_add_ps(x.v); }
 inline float largest(Floats x) { return _mm512_reduce_max_ps(x.v); }
 
@@ -144,8 +143,6 @@ inline Words add_fours(Words sums, Fours w, const int32_t* x) {
 inline void put_fours(int32_t* words, int64_t k, Words x) { put_bytes(reinterpret_cast<int8_t*>(words) + k, x); }
 
 // The same for half bytes 0 … 15, of which up to 32 for each channel are summed before they are `gathered`.
-inline Words low_halves(Words w) { return w & all(0x0f0f0f0f); }
-inline Words high_halves(Words w) { return {_mm512_and_si512(_mm512_srli_epi16(w.v, 4), _mm512_set1_epi8(15))}; }
 inline Words halves_from(int32_t start) { return all(start); }
 inline Words add_halves(Words sums, Words w, int32_t x) {
   return {_mm512_dpbusd_epi32(sums.v, w.v, _mm512_set1_epi32(x))};

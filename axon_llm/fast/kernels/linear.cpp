@@ -99,18 +99,11 @@ void lay_strips(const Tensor& words, Tensor strips) {
         for (int64_t w = 0; w < length; w += 16) {
           const int32_t* first = from + strip * LANES * stride + w;
           int32_t* block = to + (strip * length + w) * LANES;
-          const int64_t here = N - strip * LANES, left = W - w;
-          const auto lay = [&](const auto& row) {
-            Words rows[16];
-#pragma GCC unroll 16
-            for (int64_t i = 0; i < 16; i++) rows[i] = row(i);
-            turn(rows);
-            for (int64_t i = 0; i < std::min<int64_t>(16, length - w); i++) put(block + i * LANES, rows[i]);
-          };
+          const int64_t here = N - strip * LANES, left = W - w, count = std::min<int64_t>(16, length - w);
           if (here >= LANES && left >= 16)
-            lay([&](int64_t i) { return words_at(first + i * stride); });
+            lay_turned(block, count, [&](int64_t i) { return words_at(first + i * stride); });
           else
-            lay([&](int64_t i) { return words_at(first + i * stride, i < here ? left : 0); });
+            lay_turned(block, count, [&](int64_t i) { return words_at(first + i * stride, i < here ? left : 0); });
         }
   });
 }
