@@ -14,6 +14,7 @@ The exit code is 0 if every stage succeeded. ``GPT_FAST`` may name a folder with
 from __future__ import annotations
 
 import gc
+import importlib.util
 import json
 import os
 import signal
@@ -31,14 +32,39 @@ ROOT = Path(__file__).resolve().parents[2]
 SMALL, LARGE = "llama-3.2-1b", "llama-3.1-8b"
 BUDGET_S = 450.0
 LEAST_S = 20.0  # a stage with less time left than this is not begun
-DEPTH, DECODED, PREFILLED, REPETITIONS = 512, 64, 512, 3
-# name → quantisation, sequences decoding together, tokens prefilled
-MODES: dict[str, tuple[str | None, tuple[int, ...], int]] = {
-    "bf16": (None, (1, 8, 64), PREFILLED),
-    "int8": ("int8", (1, 8), PREFILLED),
-    "int4": ("int4", (1, 8), PREFILLED),
-    "fp8": ("fp8", (1, 8), PREFILLED),
-    "peers": (None, (1,), 0),
+DEPTH, FAR, DECODED, PREFILLED, REPETITIONS = 512, 8192, 64, 512, 3
+
+
+@dataclass(frozen=True, slots=True)
+class Mode:
+    """What one report is about.
+
+    Attributes:
+        quantize: as ``accelerate`` takes it.
+        batches: sequences decoding together.
+        depths: tokens in the cache before.
+        prefilled: tokens of the prefill that is measured too; 0 for none.
+        compile: compile the step; it is captured either way.
+        peer: measured in turn.
+    """
+
+    quantize: str | None = None
+    batches: tuple[int, ...] = (1,)
+    depths: tuple[int, ...] = (DEPTH,)
+    prefilled: int = 0
+    compile: bool = False
+    peer: str = ""
+
+
+MODES = {
+    "bf16": Mode(None, (1, 8, 64), prefilled=PREFILLED),
+    "int8": Mode("int8", (1, 8), prefilled=PREFILLED),
+    "int4": Mode("int4", (1, 8), prefilled=PREFILLED),
+    "fp8": Mode("fp8", (1, 8), prefilled=PREFILLED),
+    "context": Mode(depths=(DEPTH, FAR)),
+    "compiled": Mode(compile=True),
+    "transformers": Mode(peer="transformers"),
+    "gpt-fast": Mode(peer="gpt-fast"),
 }
 
 
@@ -67,14 +93,16 @@ class Stage:
 
 def stages() -> list[Stage]:
     """What is run, the most wanted first."""
-    return [
+    todo = [
         Stage("tests", 180),
-        Stage("8B shape", 150, LARGE, ("bf16", "int8", "int4")),
-        Stage("1B shape", 110, SMALL, ("bf16", "int8", "int4")),
-        Stage("8B shape in fp8", 80, LARGE, ("fp8",), must=False),
-        Stage("1B shape and peers", 90, SMALL, ("peers",)),
-        Stage("8B shape and peers", 120, LARGE, ("peers",), must=False),
+        Stage("8B shape", 120, LARGE, ("bf16", "int8", "int4")),
+        Stage("8B shape and gpt-fast", 120, LARGE, ("gpt-fast",), must=False),
+        Stage("8B shape and transformers", 90, LARGE, ("transformers",), must=False),
+        Stage("8B shape, more", 60, LARGE, ("context", "fp8"), must=False),
+        Stage("1B shape", 60, SMALL, ("bf16", "int8", "int4")),
+        Stage("1B shape, compiled", 90, SMALL, ("compiled",), must=False),
     ]
+    return [stage for stage in todo if stage.modes != ("gpt-fast",) or "GPT_FAST" in os.environ]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -82,6 +110,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = ArgumentParser(prog="python -m axon_llm.bench.gpu", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "var")
     parser.add_argument("--seconds", type=float, default=BUDGET_S, help="for everything together")
+    parser.add_argument("--stage", action="append", help="run this one, and others so named, in this order")
     parser.add_argument("--shape", default="", help="measure this shape in this process; with MODES")
     parser.add_argument("modes", nargs="*", help=f"of {', '.join(MODES)}")
     options = parser.parse_args(arguments)
@@ -93,7 +122,10 @@ def main(arguments: list[str] | None = None) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     if options.shape:
         return measure_modes(options.shape, options.modes, options.out)
-    return run_all(stages(), options.out, options.seconds)
+    todo = stages()
+    if options.stage:
+        todo = [stage for name in options.stage for stage in todo if stage.name == name]
+    return run_all(todo, options.out, options.seconds)
 
 
 def run_all(todo: list[Stage], out: Path, budget_s: float) -> int:
@@ -129,7 +161,8 @@ def run_stage(stage: Stage, out: Path, deadline: float) -> int:
     """Run a stage's process; of modes that a crash left unbegun, another. The worst exit code, or 124 at the limit."""
     if not stage.shape:
         tests = ["-m", "pytest", "-c", os.devnull, "--rootdir", ".", "-q", "-rs", "-p", "no:cacheprovider", "tests/gpu"]
-        return run_process(tests, deadline)
+        together = ["-n", "8"] if importlib.util.find_spec("xdist") else []
+        return run_process(tests + together, deadline)
     worst, modes = 0, list(stage.modes)
     while modes:
         words = ["-m", "axon_llm.bench.gpu", "--out", str(out.resolve()), "--shape", stage.shape, *modes]
@@ -167,7 +200,8 @@ def measure_modes(shape: str, modes: list[str], out: Path) -> int:
         try:
             report = measure_mode(shape, mode)
             write(out / f"gpu-{shape}-{mode}.json", report)
-            wrong = [what for what in ("compiled", "captured") if not report[what]]
+            asked = ("compiled", "captured") if MODES[mode].compile else ("captured",)
+            wrong = [what for what in asked if not report[what]]
             if wrong:
                 print(f"axon: {shape} {mode} was not {' and not '.join(wrong)}", file=sys.stderr)
                 code = 1
@@ -185,7 +219,7 @@ def measure_modes(shape: str, modes: list[str], out: Path) -> int:
 
 
 def measure_mode(shape: str, mode: str) -> dict[str, Any]:
-    """One report: decode behind 512 tokens at every batch, and prefill of 512."""
+    """One report."""
     import torch
 
     from axon_llm.bench.report import measured
@@ -194,19 +228,25 @@ def measure_mode(shape: str, mode: str) -> dict[str, Any]:
     from axon_llm.checkpoint import load
     from axon_llm.fast import accelerate
 
-    quantize, batches, prefilled = MODES[mode]
+    asked = MODES[mode]
     model, _ = load(f"random:{shape}", device="cuda", dtype="bfloat16")
-    model = accelerate(model, quantize, rows=max(batches))
-    cases = [Case("tg", DECODED, DEPTH, batch) for batch in batches]
-    cases += [Case("pp", prefilled)] if prefilled else []
+    model = accelerate(model, asked.quantize, rows=max(asked.batches))
+    cases = [Case("tg", DECODED, depth, batch) for depth in asked.depths for batch in asked.batches]
+    cases += [Case("pp", asked.prefilled)] if asked.prefilled else []
+    given = (model.config, torch.bfloat16, torch.device("cuda"), cases)
     peers: dict[str, DecodePeer] = {}
-    if mode == "peers":
-        given = (model.config, torch.bfloat16, torch.device("cuda"), cases)
+    if asked.peer == "transformers":
         peers["transformers"] = TransformersStatic(*given)
-        if folder := os.environ.get("GPT_FAST"):
-            peers["gpt-fast"] = GptFast(Path(folder), *given)
+    elif asked.peer:
+        peers["gpt-fast"] = GptFast(Path(os.environ["GPT_FAST"]), *given)
     return measured(
-        f"random:{shape}", model, cases, quantize=quantize, repetitions=REPETITIONS, compile=True, peers=peers
+        f"random:{shape}",
+        model,
+        cases,
+        quantize=asked.quantize,
+        repetitions=REPETITIONS,
+        compile=asked.compile,
+        peers=peers,
     )
 
 

@@ -182,7 +182,9 @@ class GptFast(DecodePeer):
                 buffer.normal_()
 
         step = _with_block_mask(model) if "mask" in inspect.signature(model.forward).parameters else model
-        self._step_compiled = torch.compile(step, mode="reduce-overhead", fullgraph=True) if compile else step
+        # As its generate.py does: CUDA graphs, and on a GPU a search for each kernel's best sizes.
+        options: dict[str, Any] = {"triton.cudagraphs": True, "coordinate_descent_tuning": device.type == "cuda"}
+        self._step_compiled = torch.compile(step, options=options, fullgraph=True) if compile else step
 
     def logits(self, token: Tensor, position: Tensor) -> Tensor:
         """One step; what is in the cache has no bearing on speed."""

@@ -1,7 +1,7 @@
 """fp8 weights and activations (e4m3) on GPUs from Hopper on: half of bfloat16's bytes, and products at twice its rate.
 
-The same operator serves one row and a whole prefill. Each output channel has a scale, and each *row* of activations one
-of its own, so that a row's result does not depend on the rows computed with it.
+Each output channel has a scale, and each *row* of activations one of its own, so that a row's result does not depend on
+the rows computed with it.
 
 Legend: R rows · K input channels · N output channels
 """
@@ -9,10 +9,11 @@ Legend: R rows · K input channels · N output channels
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from axon_llm.errors import UsageError
-from axon_llm.fast.linear import FastLinear
+from axon_llm.fast import ops
+from axon_llm.fast.gpu.linear import GpuLinear
 
 LARGEST = 448.0  # in e4m3
 MULTIPLE = 16  # what the operator wants K and N to be
@@ -40,8 +41,10 @@ def quantise_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([q for q, _ in parts]), torch.cat([scale[:, 0] for _, scale in parts])
 
 
-class Fp8Linear(FastLinear):
+class Fp8Linear(GpuLinear):
     """A linear layer with fp8 weights, one scale per output channel, and one activation scale per row.
+
+    One row is not rounded, as nothing would be gained by it: our own kernel multiplies it by the weights as numbers.
 
     Args:
         q: ``[N, K]`` e4m3.
@@ -49,26 +52,26 @@ class Fp8Linear(FastLinear):
         bias: ``[N]`` or ``None``.
     """
 
-    kind = "fp8"
-    q: Tensor
-    scale: Tensor
-
     def __init__(self, q: Tensor, scale: Tensor, bias: Tensor | None = None) -> None:
-        super().__init__(q.shape[1], q.shape[0])
-        self.register_buffer("q", q.contiguous())
-        self.register_buffer("scale", scale[None].contiguous())  # [1, N]
-        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        super().__init__(q, q.shape[1], scale, bias=bias)
+        self.kind = "fp8"
+        self.kernels = ops.gpu_kernels()
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` ``[…, K]`` bfloat16 → ``[…, N]``."""
-        q, scale = round_rows(x.reshape(-1, self.in_features))
+        if self.kernels and x.numel() == self.in_features:
+            return self.row(x)
+        rows = x.reshape(-1, self.in_features)
+        q, scale = torch.ops.axon.round_to_fp8(rows) if self.kernels else round_rows(rows)
+        assert self.scale is not None
         y = torch._scaled_mm(
-            q, self.q.t(), scale_a=scale, scale_b=self.scale, out_dtype=torch.bfloat16, use_fast_accum=True
+            q, self.words.t(), scale_a=scale, scale_b=self.scale[None], out_dtype=torch.bfloat16, use_fast_accum=True
         )
         y = y.view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
 
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of fp8 values and their scales."""
-        return self.q.nbytes + self.scale.nbytes
+    def add(self, x: Tensor, residual: Tensor) -> Tensor:
+        """``residual + self(x)``."""
+        if self.kernels and x.numel() == self.in_features:
+            return self.row(x, residual=residual)
+        return residual + self(x)

@@ -1,7 +1,6 @@
-"""int4 weights in groups of 32, without the kernels of ``strips.py``: PyTorch's own on a CPU, ours on a GPU.
+"""int4 weights in groups of 32, without the kernels of ``strips.py`` and ``gpu/``: by PyTorch's own, or by none.
 
-Few rows are what both are made for: they turn weights into numbers as they read them. On a GPU many rows are multiplied
-by weights that are converted once; PyTorch's CPU kernel converts them again for every four rows, so a prompt is slow.
+PyTorch's CPU kernel turns weights into numbers as it reads them, again for every four rows, so a prompt is slow.
 
 Legend: R rows · K input channels · N output channels · G = K / 32 groups
 """
@@ -15,11 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from axon_llm.fast import ops
 from axon_llm.fast.linear import FastLinear
 from axon_llm.fast.quantise import GROUP
-
-FEW_ROWS = 64  # that the kernels of weight_only.py are for
 
 
 def pack(q: Tensor, scale: Tensor, middle: Tensor) -> tuple[Tensor, Tensor]:
@@ -76,10 +72,9 @@ class Int4Linear(FastLinear):
 
 
 class Int4WeightLinear(FastLinear):
-    """A linear layer with int4 weights for devices without the CPU's kernel.
+    """A linear layer with int4 weights, two in a byte, where there are no kernels for that.
 
-    Few rows go through a kernel that reads the weights as half bytes (``weight_only.py``). For many, and where there is
-    no Triton, the weights are converted first: a copy in the activations' type, written and read again at every call.
+    The weights are converted first: a copy in the activations' type, written and read again at every call.
 
     Args:
         q: ``[N, K]`` uint8, 0 … 15.
@@ -95,26 +90,14 @@ class Int4WeightLinear(FastLinear):
 
     def __init__(self, q: Tensor, scale: Tensor, middle: Tensor, bias: Tensor | None = None) -> None:
         super().__init__(q.shape[1], q.shape[0])
-        # Byte i of a group holds its channels i (low) and 16 + i (high): both halves meet neighbouring activations.
-        grouped = q.view(q.shape[0], -1, GROUP)  # [N, G, 32]
-        half = GROUP // 2
-        self.register_buffer("halves", (grouped[..., :half] | (grouped[..., half:] << 4)).flatten(1))  # [N, K / 2]
+        self.register_buffer("halves", q[:, ::2] | (q[:, 1::2] << 4))  # [N, K / 2]
         self.register_buffer("scale", scale.contiguous())
         self.register_buffer("middle", middle.contiguous())
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
-        self.few = FEW_ROWS if q.device.type == "cuda" and ops.few_rows_kernels() else 0  # rows the kernel is for
-        if self.few:
-            self.kind = "int4-triton"
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` ``[…, K]`` → ``[…, N]`` in x's dtype."""
-        if x.numel() <= self.few * self.in_features:
-            rows = x.reshape(-1, self.in_features).contiguous()
-            y: Tensor = torch.ops.axon.int4_few(rows, self.halves, self.scale, self.middle)
-            y = y.view(*x.shape[:-1], self.out_features)
-            return y if self.bias is None else y + self.bias
-        grouped = self.halves.view(self.out_features, -1, GROUP // 2)
-        q = torch.cat((grouped & 15, grouped >> 4), dim=2)  # [N, G, 32]
+        q = torch.stack((self.halves & 15, self.halves >> 4), dim=2).view(self.out_features, -1, GROUP)  # [N, G, 32]
         weight = (q.to(x.dtype) - 8) * self.scale[..., None].to(x.dtype) + self.middle[..., None].to(x.dtype)
         return F.linear(x, weight.view(self.out_features, self.in_features), self.bias)
 

@@ -19,7 +19,6 @@ from torch.nn import functional as F
 from axon_llm.fast import ops
 from axon_llm.fast.linear import FastLinear
 
-FEW_ROWS = 64  # that the kernels of weight_only.py are for
 # A little above 1/127: the scale is then rounded to bfloat16, and the largest value must still fit.
 _STEP = 1.004 / 127
 
@@ -66,10 +65,9 @@ class Int8Linear(FastLinear):
 
 
 class Int8WeightLinear(FastLinear):
-    """A linear layer with int8 weights and activations as they are, for devices without the CPU's integer kernels.
+    """A linear layer with int8 weights and activations as they are, where there are no kernels for that.
 
-    Few rows go through a kernel that reads the weights as bytes (``weight_only.py``). For many, and where there is no
-    Triton, the weights are converted first: a copy in the activations' type, written and read again at every call.
+    The weights are converted first: a copy in the activations' type, written and read again at every call.
 
     Args:
         q: ``[N, K]`` int8.
@@ -86,18 +84,11 @@ class Int8WeightLinear(FastLinear):
         self.register_buffer("q", q.contiguous())
         self.register_buffer("scale", scale.contiguous())
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
-        self.few = FEW_ROWS if q.device.type == "cuda" and ops.few_rows_kernels() else 0  # rows the kernel is for
-        if self.few:
-            self.kind = "int8-triton"
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` ``[…, K]`` → ``[…, N]`` in x's dtype."""
-        if x.numel() <= self.few * self.in_features:
-            rows = x.reshape(-1, self.in_features).contiguous()
-            y = torch.ops.axon.int8_few(rows, self.q, self.scale).view(*x.shape[:-1], self.out_features)
-        else:
-            # In float32: a product scaled in bfloat16 is what the compiler replaces by a kernel slower than bfloat16.
-            y = (F.linear(x, self.q.to(x.dtype)).float() * self.scale).to(x.dtype)
+        # In float32: a product scaled in bfloat16 is what the compiler replaces by a kernel slower than bfloat16.
+        y = (F.linear(x, self.q.to(x.dtype)).float() * self.scale).to(x.dtype)
         return y if self.bias is None else y + self.bias
 
     @property

@@ -29,7 +29,9 @@ class Plan:
         bits: stored bits per weight, scales included.
     """
 
-    kernel: Literal["plain", "packed", "int8", "int4", "fp8", "bf16-strips", "int8-strips", "int4-strips", "reference"]
+    kernel: Literal[
+        "plain", "rows", "packed", "int8", "int4", "fp8", "bf16-strips", "int8-strips", "int4-strips", "reference"
+    ]
     fuse: bool
     decode: str
     prefill: str
@@ -77,8 +79,8 @@ def choose(
     width = 32 if dtype == "float32" else 16
     if device != "cpu":
         if quantize is None:
-            return Plan("plain", True, "cuBLAS", "cuBLAS", width)
-        few = "Triton kernel that reads the weights as stored, up to 64 rows (without Triton: converted, then cuBLAS)"
+            return Plan("rows", True, "one row: our own kernel (without Triton: cuBLAS); more: cuBLAS", "cuBLAS", width)
+        few = "our own kernels on the weights as stored, up to 64 rows (without Triton: converted, then cuBLAS)"
         many = "converted, then cuBLAS"
         return Plan("int8", True, few, many, 8) if quantize == "int8" else Plan("int4", True, few, many, 5)
     strips = strips and dtype != "float16"

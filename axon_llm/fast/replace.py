@@ -19,6 +19,8 @@ from axon_llm.fast import native, ops
 from axon_llm.fast.attention import AttentionKernels, fastest_attention
 from axon_llm.fast.blocks import FusedAttention, FusedFeedForward, StripBlock
 from axon_llm.fast.fp8 import Fp8Linear, quantise_fp8
+from axon_llm.fast.gpu.block import GpuBlock, GpuNorm
+from axon_llm.fast.gpu.linear import GpuLinear
 from axon_llm.fast.int4 import Int4Linear, Int4WeightLinear, pack
 from axon_llm.fast.int8 import Int8Linear, Int8WeightLinear
 from axon_llm.fast.linear import FastLinear, PackedLinear, ParallelLinear, PlainLinear
@@ -120,11 +122,17 @@ def fuse(
         out = make(f"{prefix}.self_attn.o_proj", _take(attention, "o_proj"))
         gate_up = make(f"{prefix}.mlp.gate_up_proj", _take(mlp, "gate_proj", "up_proj"))
         down = make(f"{prefix}.mlp.down_proj", _take(mlp, "down_proj"))
-        if fused := StripBlock.where_it_suits(block, (qkv, out, gate_up, down), kernels):
+        linears = (qkv, out, gate_up, down)
+        window = model.config.layer_windows[index]
+        if fused := StripBlock.where_it_suits(block, linears, kernels) or GpuBlock.where_it_suits(
+            block, linears, window
+        ):
             blocks[index] = fused
             continue
         block.self_attn = FusedAttention(attention, qkv, out, kernels)
         block.mlp = FusedFeedForward(gate_up, down)
+    if isinstance(blocks[0], GpuBlock):
+        model.norm = GpuNorm(model.norm)  # type: ignore[assignment]
     return model
 
 
@@ -147,7 +155,7 @@ def describe(model: Transformer) -> dict[str, Any]:
     return {
         "kernels": kinds,
         "linear_bytes": total,
-        "fused": any(isinstance(module, FusedAttention | StripBlock) for module in model.modules()),
+        "fused": any(isinstance(module, FusedAttention | StripBlock | GpuBlock) for module in model.modules()),
         "plain_linears": untouched,
     }
 
@@ -196,6 +204,8 @@ def build(kernel: str, values: tuple[Tensor, ...], bias: Tensor | None) -> FastL
     if kernel == "fp8":
         q, scale = values
         return Fp8Linear(q, scale, bias)
+    if on_gpu := GpuLinear.where_it_suits(values, bias):
+        return on_gpu
     on_cpu = values[0].device.type == "cpu" and ops.works(kernel)
     if kernel == "int8":
         q, scale = values
@@ -206,6 +216,11 @@ def build(kernel: str, values: tuple[Tensor, ...], bias: Tensor | None) -> FastL
 
 def _make(plan: Plan, rows: int, linears: Sequence[nn.Linear]) -> nn.Module:
     """One fast linear that does the work of several with the same input, stacked in order."""
+    if plan.kernel == "rows":
+        weight = stack([linear.weight for linear in linears])
+        assert weight is not None
+        bias = stack([linear.bias for linear in linears])
+        return GpuLinear.where_it_suits((weight,), bias) or PlainLinear(weight, bias)
     if plan.kernel == "plain" and len(linears) > 1:
         return ParallelLinear([PlainLinear(linear.weight, linear.bias) for linear in linears])
     bias = stack([linear.bias for linear in linears])

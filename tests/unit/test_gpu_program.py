@@ -95,12 +95,16 @@ def test_a_mode_that_ran_other_than_asked_is_written_and_fails(
     def measure(shape: str, mode: str) -> dict[str, object]:
         if mode == "int4":
             raise ValueError("this mode alone")
-        return {"compiled": mode == "bf16", "captured": True}
+        return {"compiled": False, "captured": mode != "int8"}
 
     monkeypatch.setattr(gpu, "measure_mode", measure)
-    assert measure_modes("s", ["int4", "int8", "bf16"], tmp_path) == 1
-    assert sorted(path.name for path in tmp_path.glob("*.json")) == ["gpu-s-bf16.json", "gpu-s-int8.json"]
-    assert "s int8 was not compiled\n" in capsys.readouterr().err
+    assert measure_modes("s", ["int4", "int8", "compiled", "bf16"], tmp_path) == 1
+    assert sorted(path.name for path in tmp_path.glob("*.json")) == [
+        "gpu-s-bf16.json", "gpu-s-compiled.json", "gpu-s-int8.json",
+    ]  # fmt: skip
+    said = capsys.readouterr().err
+    assert "s int8 was not captured\n" in said
+    assert "s compiled was not compiled\n" in said
     assert measure_modes("s", ["bf16"], tmp_path) == 0
 
 

@@ -1,0 +1,121 @@
+"""A block on a GPU in few kernels: five for the one row of a decode step, some more for others.
+
+One row: norm, query, key and value · all of attention · output and the stream · norm, gate, up and
+``silu(gate) · up`` · down and the stream. With more rows the norms and the gate are kernels of their own, between
+products that are cuBLAS's, or ours where the weights are quantised.
+
+No compiler is needed for that, so a step is ready as soon as it has been captured.
+
+Legend: B slots · T new tokens · Hq/Hkv query and KV heads · D head_dim
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from axon_llm.cache import KVCache
+from axon_llm.fast import ops
+from axon_llm.fast.gpu.linear import GpuLinear
+from axon_llm.layers.norm import RMSNorm
+from axon_llm.model import Block
+
+HEAD_DIMS = (16, 32, 64, 128, 256)
+
+
+class GpuNorm(nn.Module):
+    """The readable ``RMSNorm`` in one kernel.
+
+    Args:
+        norm: whose weight is taken over.
+    """
+
+    def __init__(self, norm: RMSNorm) -> None:
+        super().__init__()
+        self.weight, self.eps = norm.weight, norm.eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As :meth:`axon_llm.layers.norm.RMSNorm.forward`."""
+        y: Tensor = torch.ops.axon.gpu_norm(x, self.weight, self.eps)
+        return y
+
+
+class GpuBlock(nn.Module):
+    """The readable ``Block`` by the kernels beside this file.
+
+    Args:
+        block: whose norms and dimensions are taken over.
+        qkv_proj: maps hidden to ``(Hq + 2 · Hkv) · D`` channels.
+        o_proj: maps ``Hq · D`` channels back.
+        gate_up_proj: maps hidden to twice the intermediate size, gate first.
+        down_proj: maps back.
+        window: positions a token sees at most; 0 for all.
+    """
+
+    skips_hidden = True
+
+    def __init__(
+        self, block: Block, qkv_proj: nn.Module, o_proj: nn.Module, gate_up_proj: nn.Module, down_proj: nn.Module,
+        window: int,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        attention = block.self_attn
+        self.layer, self.window = attention.layer, window
+        self.num_heads, self.num_kv_heads = attention.num_heads, attention.num_kv_heads
+        self.head_dim = attention.head_dim
+        self.input_layernorm = GpuNorm(block.input_layernorm)
+        self.post_attention_layernorm = GpuNorm(block.post_attention_layernorm)
+        self.self_attn = attention  # the norms of queries and keys are left of it, under the names of a checkpoint
+        self.qkv_proj: Any = qkv_proj
+        self.o_proj, self.gate_up_proj, self.down_proj = o_proj, gate_up_proj, down_proj
+        gate_up = isinstance(gate_up_proj, GpuLinear) and gate_up_proj.bias is None
+        self.in_rows = gate_up and isinstance(qkv_proj, GpuLinear)
+
+    @classmethod
+    def where_it_suits(cls, block: Block, linears: Sequence[nn.Module], window: int | None) -> GpuBlock | None:
+        """One for these four linears, in the order above, if there can be one."""
+        tensors = [*linears[0].parameters(), *linears[0].buffers()]
+        on_gpu = bool(tensors) and tensors[0].device.type == "cuda"
+        if not on_gpu or block.self_attn.head_dim not in HEAD_DIMS or not ops.gpu_kernels():
+            return None
+        qkv, out, gate_up, down = linears
+        return cls(block, qkv, out, gate_up, down, window or 0)
+
+    def forward(
+        self, x: Tensor, positions: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor, cache: KVCache | None
+    ) -> Tensor:
+        """As :meth:`axon_llm.model.Block.forward`; what the mask would hide is known from ``positions``."""
+        B, T, _ = x.shape
+        D, Hkv = self.head_dim, self.num_kv_heads
+        one = self.in_rows and B * T == 1
+        first, second = self.input_layernorm, self.post_attention_layernorm
+        q_norm, k_norm = self.self_attn.q_norm, self.self_attn.k_norm
+        normed = isinstance(q_norm, RMSNorm) and isinstance(k_norm, RMSNorm)
+        if cache is not None:
+            keys, values = cache.layer(self.layer)  # [B, Hkv, S, D]
+        else:
+            keys, values = x.new_empty(2, B, Hkv, T, D).unbind(0)
+        heads = self.qkv_proj.row(x, first.weight, first.eps) if one else self.qkv_proj(first(x))
+        given = (
+            heads.view(B, T, -1, D), q_norm.weight if normed else None, k_norm.weight if normed else None,
+            q_norm.eps if normed else 0.0, *rope, positions, keys, values,
+        )  # fmt: skip
+        if T == 1:
+            seen = torch.ops.axon.gpu_step(*given, self.window)
+        else:
+            q = torch.ops.axon.gpu_turn(*given)
+            seen = torch.ops.axon.gpu_attention(q, keys, values, positions, self.window)
+        x = _add(self.o_proj, seen.view(B, T, -1), x)
+        gate_up = self.gate_up_proj
+        if one:
+            gated = torch.ops.axon.row_gated(x, second.weight, second.eps, gate_up.words, gate_up.scale, gate_up.middle)
+        else:
+            gated = torch.ops.axon.gpu_gate(gate_up(second(x)))
+        return _add(self.down_proj, gated, x)
+
+
+def _add(linear: nn.Module, x: Tensor, residual: Tensor) -> Tensor:
+    return linear.add(x, residual) if isinstance(linear, GpuLinear) else residual + linear(x)

@@ -1,0 +1,32 @@
+"""Kernels that begin before the one in front of them has ended (programmatic dependent launch, Hopper and later).
+
+A step is a chain of some two hundred kernels of a few microseconds, each of which needs what the one before it wrote.
+Between two of them the memory stands still: the last programs run out, the next kernel starts, asks for its weights,
+and waits for the first to come. But weights depend on no kernel. So each kernel here says at once that the next may
+come (``gdc_launch_dependents``): as soon as processors are free, its programs start and ask for weights, and only then
+wait until everything before them is written (``gdc_wait``).
+
+A kernel launched so must wait before it touches anything that another wrote, also if it only overwrites it.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+
+
+@cache
+def dependent(device: torch.device) -> bool:
+    """Whether kernels are launched so on this device."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments: Any, warps: int, stages: int = 3, **sizes: Any
+) -> None:
+    """Run a kernel that takes ``DEPENDENT`` on the current stream."""
+    early = dependent(device)
+    more = {"launch_pdl": True} if early else {}
+    kernel[grid](*arguments, **sizes, DEPENDENT=early, num_warps=warps, num_stages=stages, **more)

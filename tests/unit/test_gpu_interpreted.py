@@ -1,0 +1,121 @@
+"""The GPU's kernels, run number by number in Triton's interpreter. Needs Triton, not a GPU.
+
+The interpreter knows no bfloat16 products and nothing of what runs beside what; ``tests/gpu`` does.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+HEAD = """
+import sys, warnings
+warnings.simplefilter("ignore")
+sys.path.insert(0, "tests/unit")
+import torch
+from torch.nn import functional as F
+from axon_llm.fast.gpu import around, attention, few_rows, one_row, words
+from axon_llm.fast.quantise import dequantise_int4, dequantise_int8, quantise_int4, quantise_int8
+
+torch.manual_seed(0)
+attention.splits_for = lambda *given: 4  # of sequences this short there would be one
+
+def close(y, exact, dtype=torch.float32):
+    error = float((y.double() - exact.double()).norm() / exact.double().norm())
+    assert error < (5e-5 if dtype == torch.float32 else 2e-3), (dtype, tuple(exact.shape), error)
+"""
+PRODUCTS = """
+def rounded(x, piece):
+    # the activations that one row of quantised weights is multiplied by
+    x = x.double().view(-1, piece)
+    scale = x.abs().amax(dim=1, keepdim=True) / 127
+    return ((x / scale).round() * scale).view(1, 1, -1)
+
+for dtype in (torch.float32, torch.float16):
+    for channels, inputs in ((96, 160), (41, 1040), (32, 2304)):
+        x, w = torch.randn(1, 1, inputs).to(dtype), (torch.randn(channels, inputs) / inputs**0.5).to(dtype)
+        norm, bias, stream = (torch.randn(*shape).to(dtype) for shape in ((inputs,), (channels,), (1, 1, channels)))
+        root = torch.rsqrt(x.double().square().mean() + 1e-5)
+        int8 = quantise_int8(w.float())
+        forms = [((w, None, None), w, None), ((words.to_words(int8[0]), int8[1], None), dequantise_int8(*int8), 16)]
+        assert torch.equal(words.from_words(forms[1][0][0], 4), int8[0])
+        if channels % 32 == 0:
+            int4 = quantise_int4(w.float())
+            forms.append(((words.to_words(int4[0]), *int4[1:]), dequantise_int4(*int4), 32))
+            assert torch.equal(words.from_words(forms[2][0][0], 8), int4[0].to(torch.int8))
+        for given, weight, piece in forms:
+            weight = weight.double()
+            plain, normed = x.double(), x.double() * norm.double()
+            if piece:
+                plain, normed = rounded(plain, piece), rounded(normed, piece)
+            close(one_row.row_product(x, None, 0.0, *given, None, None), plain @ weight.T, dtype)
+            y = one_row.row_product(x, norm, 1e-5, *given, bias, stream)
+            close(y, root * normed @ weight.T + bias.double() + stream.double(), dtype)
+            if channels % 2 == 0:
+                gate, up = (root * normed @ weight.T).chunk(2, dim=-1)
+                close(one_row.row_gated(x, norm, 1e-5, *given), F.silu(gate) * up, dtype)
+            if piece:
+                for rows in (3, 20):
+                    many = torch.randn(rows, inputs).to(dtype)
+                    close(few_rows.few_rows_product(many, *given), many.double() @ weight.T, dtype)
+                close(few_rows.widen(*given, inputs, torch.float32), weight)
+"""
+BLOCKS = """
+from dataclasses import replace
+from tiny import tiny_model
+from axon_llm.cache import KVCache
+from axon_llm.config import ModelConfig
+from axon_llm.fast import ops
+from axon_llm.fast.gpu.block import GpuBlock, GpuNorm
+from axon_llm.fast.gpu.linear import GpuLinear
+
+for name, kernel in ops.ON_GPU.items():
+    ops._library.impl(name, kernel, "CPU")
+
+def on_kernels(model):
+    linear = lambda *parts: GpuLinear(torch.cat([part.weight for part in parts]), parts[0].in_features)
+    for index, block in enumerate(model.layers):
+        a, m = block.self_attn, block.mlp
+        parts = linear(a.q_proj, a.k_proj, a.v_proj), linear(a.o_proj), linear(m.gate_proj, m.up_proj), linear(m.down_proj)
+        model.layers[index] = GpuBlock(block, *parts, model.config.layer_windows[index] or 0)
+    model.norm = GpuNorm(model.norm)
+    return model
+
+config = ModelConfig(
+    vocab_size=64, hidden_size=64, intermediate_size=96, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=32,
+    max_position_embeddings=256,
+)
+with torch.inference_mode():
+    for config in (config, replace(config, qk_norm=True), replace(config, layer_windows=(20, None))):
+        exact, ours = tiny_model(config, scale=0.1), on_kernels(tiny_model(config, scale=0.1))
+        tokens = torch.randint(0, 64, (2, 60))
+        close(ours(tokens[:, :9], torch.arange(9)[None].expand(2, 9)), exact(tokens[:, :9], torch.arange(9).expand(2, 9)))
+        for rows in (1, 2):
+            caches = [KVCache(config, slots=3, max_seq_len=64).view(slots=rows) for _ in range(2)]
+            for start, end in ((0, 40), (40, 41), (41, 42), (42, 44), (44, 60)):
+                at = torch.arange(start, end).expand(rows, end - start)
+                given = tokens[:rows, start:end]
+                close(ours(given, at, caches[0]), exact(given, at, caches[1]))
+                close(caches[0].k, caches[1].k)
+                close(caches[0].v, caches[1].v)
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+@pytest.mark.parametrize("program", [PRODUCTS, BLOCKS], ids=["products", "blocks"])
+def test_the_kernels_compute_what_the_readable_path_does(program: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", HEAD + program + "print('as exact as they should be')"],
+        cwd=ROOT,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.strip() == "as exact as they should be", done.stderr[-2000:]
