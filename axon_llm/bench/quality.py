@@ -11,15 +11,19 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from axon_llm.cache import KVCache
 from axon_llm.checkpoint import load
 from axon_llm.fast import accelerate
+from axon_llm.fast.quantise import dequantise_int4, dequantise_int8, quantise_int4, quantise_int8
 from axon_llm.model import Transformer
 
+# Input channels whose activations share a scale where one row meets quantised weights on a GPU (``fast/gpu/words.py``).
+GPU_PIECES = {"int8": 16, "int4": 32}
 MODES: tuple[tuple[str, str, str | None], ...] = (
     ("bfloat16", "bfloat16", None),
     ("int8", "bfloat16", "int8"),
@@ -50,6 +54,32 @@ def compare(exact: Tensor, actual: Tensor) -> dict[str, float]:
     }
 
 
+def round_activations(x: Tensor, piece: int) -> Tensor:
+    """``x`` ``[…, K]`` rounded to 127 steps either way of the largest of every ``piece`` channels; same dtype."""
+    pieces = x.float().unflatten(-1, (-1, piece))
+    scale = pieces.abs().amax(-1, keepdim=True).clamp_min(1e-20) / 127
+    return ((pieces / scale).round() * scale).flatten(-2).to(x.dtype)
+
+
+def as_on_a_gpu(model: Transformer, quantize: str) -> Transformer:
+    """The readable model, its linears rounded as a GPU's decode step of one row rounds weights and activations."""
+
+    def rounded(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Tensor]:
+        return (round_activations(inputs[0], GPU_PIECES[quantize]),)
+
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            weight = module.weight.float()
+            stands_for = (
+                dequantise_int8(*quantise_int8(weight))
+                if quantize == "int8"
+                else dequantise_int4(*quantise_int4(weight))
+            )
+            module.weight = nn.Parameter(stands_for.to(module.weight.dtype), requires_grad=False)
+            module.register_forward_pre_hook(rounded)
+    return model
+
+
 def measure(name: str, rows: int, length: int) -> list[dict[str, object]]:
     """The figures of every mode on one model."""
     truth, _ = load(name, device="cpu", dtype="float32")
@@ -61,6 +91,10 @@ def measure(name: str, rows: int, length: int) -> list[dict[str, object]]:
         for mode, dtype, quantize in MODES:
             model = accelerate(load(name, device="cpu", dtype=dtype)[0], quantize)
             results.append({"mode": mode, "tokens": tokens.numel(), **compare(exact, model(tokens, positions))})
+        for quantize in GPU_PIECES:
+            model = as_on_a_gpu(load(name, device="cpu", dtype="bfloat16")[0], quantize)
+            found = compare(exact, model(tokens, positions))
+            results.append({"mode": f"{quantize}, one row on a GPU", "tokens": tokens.numel(), **found})
     return results
 
 

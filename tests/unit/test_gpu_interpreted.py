@@ -20,6 +20,7 @@ warnings.simplefilter("ignore")
 sys.path.insert(0, "tests/unit")
 import torch
 from torch.nn import functional as F
+from axon_llm.bench.quality import round_activations
 from axon_llm.fast.gpu import around, attention, few_rows, one_row, words
 from axon_llm.fast.quantise import dequantise_int4, dequantise_int8, quantise_int4, quantise_int8
 
@@ -31,12 +32,6 @@ def close(y, exact, dtype=torch.float32):
     assert error < (5e-5 if dtype == torch.float32 else 2e-3), (dtype, tuple(exact.shape), error)
 """
 PRODUCTS = """
-def rounded(x, piece):
-    # the activations that one row of quantised weights is multiplied by
-    x = x.double().view(-1, piece)
-    scale = x.abs().amax(dim=1, keepdim=True) / 127
-    return ((x / scale).round() * scale).view(1, 1, -1)
-
 for dtype in (torch.float32, torch.float16):
     for channels, inputs in ((96, 160), (41, 1040), (32, 2304)):
         x, w = torch.randn(1, 1, inputs).to(dtype), (torch.randn(channels, inputs) / inputs**0.5).to(dtype)
@@ -53,7 +48,7 @@ for dtype in (torch.float32, torch.float16):
             weight = weight.double()
             plain, normed = x.double(), x.double() * norm.double()
             if piece:
-                plain, normed = rounded(plain, piece), rounded(normed, piece)
+                plain, normed = (round_activations(each, piece).double() for each in (plain, normed))
             close(one_row.row_product(x, None, 0.0, *given, None, None), plain @ weight.T, dtype)
             y = one_row.row_product(x, norm, 1e-5, *given, bias, stream)
             close(y, root * normed @ weight.T + bias.double() + stream.double(), dtype)

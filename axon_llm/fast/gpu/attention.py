@@ -220,6 +220,14 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
+def _stages(device: torch.device, block: int, at_once: int, head_dim: int, itemsize: int) -> int:
+    """Pieces of K and V on their way at a time: three, or as many as there is shared memory for beside the queries."""
+    if device.type != "cuda":
+        return 1
+    room = torch.cuda.get_device_properties(device).shared_memory_per_block_optin - block * head_dim * itemsize
+    return max(1, min(3, room // (2 * at_once * head_dim * itemsize)))
+
+
 @cache
 def _counters(device: torch.device) -> Tensor:
     """Zeros, where programs that share a head count each other; each kernel leaves zeros, and one runs at a time."""
@@ -256,11 +264,13 @@ def attention(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, window
     if splits > 1:
         parts = torch.empty(B, Hkv, splits, block, D, device=q.device, dtype=torch.float32)
         sums = torch.empty(B, Hkv, splits, block, 2, device=q.device, dtype=torch.float32)
+    at_once = 64 if q.dtype.itemsize == 2 else 32
     launch(
         look, (tiles * splits, Hkv, B), q.device,
         q, keys, values, positions, out, parts, sums, LOG2_E / D**0.5, *keys.stride()[:3], *values.stride()[:3], T,
-        Hkv, G, D, WINDOW=window, BM=block, BS=64 if q.dtype.itemsize == 2 else 32, SPLITS=splits,
+        Hkv, G, D, WINDOW=window, BM=block, BS=at_once, SPLITS=splits,
         warps=4 if block <= 64 else 8,
+        stages=_stages(q.device, block, at_once, D, q.dtype.itemsize),
     )  # fmt: skip
     if splits > 1:
         launch(
