@@ -19,6 +19,7 @@ Legend: B slots · T new tokens of each · Hq/Hkv query and KV heads · G = Hq /
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 import triton
@@ -224,7 +225,8 @@ def _stages(device: torch.device, block: int, at_once: int, head_dim: int, items
     """Pieces of K and V on their way at a time: three, or as many as there is shared memory for beside the queries."""
     if device.type != "cuda":
         return 1
-    room = torch.cuda.get_device_properties(device).shared_memory_per_block_optin - block * head_dim * itemsize
+    properties: Any = torch.cuda.get_device_properties(device)  # whose stubs know less than it
+    room = properties.shared_memory_per_block_optin - block * head_dim * itemsize
     return max(1, min(3, room // (2 * at_once * head_dim * itemsize)))
 
 
