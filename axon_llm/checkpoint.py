@@ -310,6 +310,8 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
         raise UsageError(f"device {found.type!r} is not supported", "Supported: cpu, cuda.")
     if found.type == "cuda" and (not torch.cuda.is_available() or (found.index or 0) >= torch.cuda.device_count()):
         raise UsageError(f"there is no {found} on this machine", f"CUDA devices here: {torch.cuda.device_count()}.")
+    if found.type == "cuda" and found.index is not None:
+        torch.cuda.set_device(found)  # kernels that are not PyTorch's, and captures, run on the current one
     return found
 
 

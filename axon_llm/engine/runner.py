@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from axon_llm.cache import KVCache
-from axon_llm.engine.buckets import Buckets
+from axon_llm.engine.buckets import Buckets, doubling
 from axon_llm.engine.captured import CapturedStep
 from axon_llm.engine.compiled import CompiledStep
 from axon_llm.engine.inputs import Inputs, Numbers
@@ -225,9 +225,14 @@ class Runner:
             longest: prepare for sequences of up to this many tokens only; for all that fit when omitted.
             progress: called after each shape with how many are done, and how many there are.
         """
-        self.prefill(0, [0], 0, 1)
+        chunks = self.buckets.chunks.values if self.device.type == "cuda" else (1,)  # kernels are made for each there
+        for size in chunks:
+            self.prefill(0, [0] * size, 0, size)
         longest = self.buckets.lengths.at_least(min(longest or self.cache.max_seq_len, self.cache.max_seq_len))
         lengths = [length for length in self.buckets.lengths.values if length <= longest]
+        if self.device.type == "cuda":  # and for how many programs a few tokens' positions are split between
+            for end in doubling(chunks[0], longest):
+                self.prefill(0, [0] * end, end - chunks[0], end)
         shapes = [(rows, 1, length) for length in lengths for rows in self.buckets.rows.values]
         if self._checked:
             shapes += [(1, self._checked, length) for length in lengths if length >= self._checked]

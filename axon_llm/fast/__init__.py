@@ -4,7 +4,8 @@
 compute the same thing quicker on the machine at hand; ``describe(model)`` says what was chosen. Nothing in the readable
 path knows about this folder.
 
-Read next: ``plan.py`` (what is chosen), ``strips.py`` and ``linear.py`` (the linears), ``replace.py`` (the swap).
+Read next: ``plan.py`` (what is chosen), ``strips.py`` and ``linear.py`` (the linears), ``gpu/`` (a GPU's),
+``replace.py`` (the swap).
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from axon_llm.errors import UsageError
-from axon_llm.fast import ops
 from axon_llm.fast.gpu.linear import GpuLinear
+from axon_llm.fast.gpu.operators import gpu_kernels
 
 LARGEST = 448.0  # in e4m3
 MULTIPLE = 16  # what the operator wants K and N to be
@@ -44,7 +44,7 @@ def quantise_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
 class Fp8Linear(GpuLinear):
     """A linear layer with fp8 weights, one scale per output channel, and one activation scale per row.
 
-    One row is not rounded, as nothing would be gained by it: our own kernel multiplies it by the weights as numbers.
+    One row, rounded like any other, is multiplied by our own kernel; PyTorch's wants tiles full of them.
 
     Args:
         q: ``[N, K]`` e4m3.
@@ -52,15 +52,17 @@ class Fp8Linear(GpuLinear):
         bias: ``[N]`` or ``None``.
     """
 
+    norms_rows = False  # the scale is the whole row's
+
     def __init__(self, q: Tensor, scale: Tensor, bias: Tensor | None = None) -> None:
         super().__init__(q, q.shape[1], scale, bias=bias)
         self.kind = "fp8"
-        self.kernels = ops.gpu_kernels()
+        self.kernels = gpu_kernels()
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` ``[…, K]`` bfloat16 → ``[…, N]``."""
         if self.kernels and x.numel() == self.in_features:
-            return self.row(x)
+            return self.row(torch.ops.axon.as_in_fp8(x))
         rows = x.reshape(-1, self.in_features)
         q, scale = torch.ops.axon.round_to_fp8(rows) if self.kernels else round_rows(rows)
         assert self.scale is not None
@@ -73,5 +75,10 @@ class Fp8Linear(GpuLinear):
     def add(self, x: Tensor, residual: Tensor) -> Tensor:
         """``residual + self(x)``."""
         if self.kernels and x.numel() == self.in_features:
-            return self.row(x, residual=residual)
+            return self.row(torch.ops.axon.as_in_fp8(x), residual=residual)
         return residual + self(x)
+
+    def weight(self, dtype: torch.dtype) -> Tensor:
+        """The weights as numbers, ``[N, K]``."""
+        assert self.scale is not None
+        return (self.words.float() * self.scale[:, None]).to(dtype)

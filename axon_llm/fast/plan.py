@@ -30,7 +30,7 @@ class Plan:
     """
 
     kernel: Literal[
-        "plain", "rows", "packed", "int8", "int4", "fp8", "bf16-strips", "int8-strips", "int4-strips", "reference"
+        "plain", "gpu", "packed", "int8", "int4", "fp8", "bf16-strips", "int8-strips", "int4-strips", "reference"
     ]
     fuse: bool
     decode: str
@@ -75,11 +75,11 @@ def choose(
                 "--quantize int8 works everywhere.",
             )
         how = "cuBLAS or CUTLASS fp8, one activation scale per row"
-        return Plan("fp8", True, how, how, 8)
+        return Plan("fp8", True, "one row: our own kernel (without Triton: the next); more: " + how, how, 8)
     width = 32 if dtype == "float32" else 16
     if device != "cpu":
         if quantize is None:
-            return Plan("rows", True, "one row: our own kernel (without Triton: cuBLAS); more: cuBLAS", "cuBLAS", width)
+            return Plan("gpu", True, "one row: our own kernel (without Triton: cuBLAS); more: cuBLAS", "cuBLAS", width)
         few = "our own kernels on the weights as stored, up to 64 rows (without Triton: converted, then cuBLAS)"
         many = "converted, then cuBLAS"
         return Plan("int8", True, few, many, 8) if quantize == "int8" else Plan("int4", True, few, many, 5)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from tiny import tiny_model
 
+from axon_llm.bench.quality import round_activations
 from axon_llm.cache import KVCache
 from axon_llm.config import ModelConfig
 from axon_llm.engine.runner import Runner
@@ -17,6 +18,7 @@ from axon_llm.fast.gpu.linear import GpuLinear
 from axon_llm.fast.quantise import dequantise_int4, dequantise_int8, quantise_int4, quantise_int8
 from axon_llm.fast.replace import build
 from axon_llm.layers.attention import attend
+from axon_llm.layers.rope import rotate
 from axon_llm.model import Transformer, visible
 
 CONFIG = ModelConfig(
@@ -33,22 +35,23 @@ CONFIG = ModelConfig(
 
 
 @torch.inference_mode()
-def logits(model: Transformer, device: str) -> torch.Tensor:
-    cache = KVCache(model.config, slots=2, max_seq_len=32, device=device, dtype=model.embed_tokens.weight.dtype)
-    tokens = torch.arange(12, device=device).view(2, 6)
-    positions = torch.arange(6, device=device).expand(2, 6)
+def logits(model: Transformer, device: str, rows: int = 2) -> torch.Tensor:
+    cache = KVCache(model.config, slots=rows, max_seq_len=32, device=device, dtype=model.embed_tokens.weight.dtype)
+    tokens = torch.arange(12, device=device).view(2, 6)[:rows]
+    positions = torch.arange(6, device=device).expand(rows, 6)
     first = model(tokens[:, :5], positions[:, :5], cache)
     return torch.cat((first, model(tokens[:, 5:], positions[:, 5:], cache)), dim=1).cpu()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("quantize", [None, "int8", "int4"])
-def test_logits_stay_those_of_the_cpu(quantize: str | None, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("rows", [1, 2])
+def test_logits_stay_those_of_the_cpu(rows: int, quantize: str | None, dtype: torch.dtype) -> None:
     model = tiny_model(CONFIG, scale=0.1)
-    exact = logits(model, "cpu")
+    exact = logits(model, "cpu", rows)
     fast = accelerate(copy.deepcopy(model).to("cuda", dtype), quantize)
     assert describe(fast)["fused"]
-    error = float((logits(fast, "cuda") - exact).norm() / exact.norm())
+    error = float((logits(fast, "cuda", rows) - exact).norm() / exact.norm())
     assert error < {None: 1e-3, "int8": 0.03, "int4": 0.3}[quantize] + (0.03 if dtype == torch.bfloat16 else 0.0)
 
 
@@ -72,10 +75,11 @@ def test_products_are_those_of_what_the_weights_stand_for(
         (build("int4", values4 := quantise_int4(weight), bias), dequantise_int4(*values4)),
     ):
         assert isinstance(linear, GpuLinear)
-        exact = x.double() @ stands_for.double().T + bias.double()
-        # one row times quantised weights has its activations rounded, by as much as bfloat16 rounds them
-        rounds = rows == 1 and linear is not plain
-        tolerance = 1e-2 if dtype == torch.bfloat16 or rounds else 1e-4
+        # quantised weights meet activations that are rounded by the pieces a thread holds
+        piece = {"plain-triton": 0, "int8-triton": 16, "int4-triton": 32}[linear.kind]
+        met = round_activations(x.float(), piece) if piece else x
+        exact = met.double() @ stands_for.double().T + bias.double()
+        tolerance = {torch.bfloat16: 1e-2, torch.float32: 2e-4}[dtype]
         assert float((linear(x).double() - exact).norm() / exact.norm()) < tolerance
         assert float((linear.add(x, residual).double() - exact - residual).norm() / exact.norm()) < 2 * tolerance
 
@@ -99,6 +103,42 @@ def test_attention_is_that_of_the_readable_path(
         assert float((y.double() - exact).norm() / exact.norm()) < {torch.bfloat16: 1e-2, torch.float32: 1e-5}[dtype]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(("B", "Hkv", "G", "D"), [(1, 8, 4, 128), (3, 2, 7, 64), (1, 4, 1, 256), (2, 2, 3, 16)])
+@pytest.mark.parametrize("window", [0, 100])
+def test_a_step_of_attention_is_the_readable_paths(
+    B: int, Hkv: int, G: int, D: int, window: int, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(2)
+    for at, S in ((0, 700), (5, 700), (650, 700), (4500, 5000)):
+        heads = torch.randn(B, 1, (G + 2) * Hkv, D, device="cuda").to(dtype)
+        keys, values = torch.randn(2, B + 1, Hkv, S, D, device="cuda").to(dtype)[:, :B].unbind(0)
+        positions = at + torch.arange(B, device="cuda")[:, None]
+        angles = torch.rand(B, 1, 1, D // 2, device="cuda").repeat(1, 1, 1, 2)
+        cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+        turned = rotate(heads[:, :, : (G + 1) * Hkv].transpose(1, 2).double(), cos.double(), sin.double())
+        k, v = keys.double(), values.double()
+        rows = torch.arange(B, device="cuda")
+        k[rows, :, positions[:, 0]] = turned[:, G * Hkv :, 0].to(dtype).double()
+        v[rows, :, positions[:, 0]] = heads[:, 0, (G + 1) * Hkv :].double()
+        mask = visible(positions, torch.arange(S, device="cuda")[None], window or None)
+        exact = attend(turned[:, : G * Hkv], k, v, mask).transpose(1, 2)
+        y = torch.ops.axon.gpu_step(heads, None, None, 0.0, cos, sin, positions, keys, values, window)
+        tolerance = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 1e-5}[dtype]
+        assert float((y.double() - exact).norm() / exact.norm()) < tolerance
+        assert float((keys.double() - k).norm() / k.norm()) < tolerance
+        assert torch.equal(values.double(), v)
+
+
+def test_what_is_not_a_number_stays_so() -> None:
+    x = torch.randn(1, 320, device="cuda").bfloat16()
+    x[0, 77] = torch.nan
+    weight = torch.randn(64, 320, device="cuda")
+    for linear in (build("int8", quantise_int8(weight), None), build("int4", quantise_int4(weight), None)):
+        assert linear(x).isnan().all()
+        assert linear(x.expand(2, -1)).isnan().all()
+
+
 def test_with_triton_our_own_kernels_are_used() -> None:
     pytest.importorskip("triton")
     for quantize, kind in ((None, "plain"), ("int8", "int8"), ("int4", "int4")):
@@ -117,9 +157,11 @@ def test_a_step_gives_the_same_numbers_every_time(quantize: str | None) -> None:
     model = accelerate(tiny_model(config, scale=0.05).to("cuda", torch.bfloat16), quantize)
     for rows in (1, 2):
         runner = Runner(model, slots=rows, max_seq_len=400)
+        runner.cache.k.normal_()  # so many positions that several programs share them
+        runner.cache.v.normal_()
         first: list[torch.Tensor] = []
         for _ in range(20):
-            found = [runner.decode([step] * rows, [9 * step] * rows, 400).clone() for step in range(40)]
+            found = [runner.decode([step] * rows, [300 + step] * rows, 400).clone() for step in range(40)]
             first = first or found
             assert all(torch.equal(one, other) for one, other in zip(first, found, strict=True))
 
@@ -148,7 +190,7 @@ def test_fp8_products_are_close_to_those_of_the_weights(rows: int) -> None:
     exact = x.double() @ weight.double().T
     assert float((linear(x).double() - exact).norm() / exact.norm()) < 0.05
     # the tile a row falls into may be another with other rows; nothing else of them may matter
-    torch.testing.assert_close(linear(x)[:2], linear(x[:2]), rtol=2e-2, atol=2e-2 * float(exact.std()))
+    torch.testing.assert_close(linear(x)[:1], linear(x[:1]), rtol=2e-2, atol=2e-2 * float(exact.std()))
 
 
 @hopper

@@ -7,29 +7,46 @@ import torch
 from tiny import plain_greedy, tiny_engine, tiny_model, tokens_of
 from torch._dynamo.utils import counters
 
+from axon_llm.config import ModelConfig
 from axon_llm.engine.params import SamplingParams
 from axon_llm.engine.runner import Runner
 from axon_llm.engine.sampling import Sampler
+from axon_llm.fast import accelerate
+from axon_llm.model import Transformer
 
+WIDER = ModelConfig(
+    vocab_size=256, hidden_size=64, intermediate_size=96, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=32,
+    max_position_embeddings=512,
+)  # fmt: skip
 GREEDY = {"temperature": 0.0, "ignore_eos": True}
+
+
+def models(fast: bool) -> tuple[Transformer, Transformer]:
+    """A readable model on the CPU, and the same on the GPU: as it is, or of our own kernels."""
+    return tiny_model(WIDER), accelerate(tiny_model(WIDER).cuda()) if fast else tiny_model(WIDER).cuda()
 
 
 def some_tokens(count: int, seed: int = 0) -> list[int]:
     return torch.randint(0, 256, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
+@pytest.mark.parametrize("fast", [False, True])
 @pytest.mark.parametrize("compile", [False, True])
-def test_steps_captured_in_the_middle_of_generating_give_the_tokens_of_the_plain_loop(compile: bool) -> None:
-    engine = tiny_engine(tiny_model().cuda(), slots=3, compile=compile)
+def test_steps_captured_in_the_middle_of_generating_give_the_tokens_of_the_plain_loop(
+    compile: bool, fast: bool
+) -> None:
+    exact, model = models(fast)
+    engine = tiny_engine(model, slots=3, compile=compile)
     for seed, length in enumerate((5, 100, 127, 250)):
         prompt = some_tokens(length, seed)
         tokens = tokens_of(engine.generate(prompt, SamplingParams(max_tokens=30, **GREEDY)))
-        assert tokens == plain_greedy(tiny_model(), prompt, 30)
+        assert tokens == plain_greedy(exact, prompt, 30)
 
 
+@pytest.mark.parametrize("fast", [False, True])
 @pytest.mark.parametrize("compile", [False, True])
-def test_after_warm_up_nothing_is_captured_or_compiled_again(compile: bool) -> None:
-    engine = tiny_engine(tiny_model().cuda(), slots=2, max_seq_len=200, compile=compile, speculate=3)
+def test_after_warm_up_nothing_is_captured_or_compiled_again(compile: bool, fast: bool) -> None:
+    engine = tiny_engine(models(fast)[1], slots=2, max_seq_len=200, compile=compile, speculate=3)
     engine.warm_up()
     compiled, steps = counters["stats"]["unique_graphs"], len(engine.runner._steps)
     assert not counters["graph_break"]
@@ -58,8 +75,11 @@ def test_after_warm_up_nothing_is_captured_or_compiled_again(compile: bool) -> N
     ],
     ids=["greedy", "sampled", "filtered", "log-probabilities", "penalties"],
 )
-def test_the_host_waits_for_the_gpu_once_a_step(params: SamplingParams, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_model().cuda()
+@pytest.mark.parametrize("fast", [False, True])
+def test_the_host_waits_for_the_gpu_once_a_step(
+    fast: bool, params: SamplingParams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = models(fast)[1]
     runner = Runner(model, slots=2, max_seq_len=128)
     sampler = Sampler(2, model.config.vocab_size, runner.device)
     for slot in range(2):
@@ -91,19 +111,22 @@ def test_the_host_waits_for_the_gpu_once_a_step(params: SamplingParams, monkeypa
     assert reads == 20
 
 
+@pytest.mark.parametrize("fast", [False, True])
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_speculation_changes_no_token(temperature: float) -> None:
+def test_speculation_changes_no_token(temperature: float, fast: bool) -> None:
     prompt = [97, 98, 99, 100] * 10
     params = SamplingParams(max_tokens=80, temperature=temperature, seed=2, ignore_eos=True, logit_bias={97: 9.0})
-    model = tiny_model().cuda()
+    model = models(fast)[1]
     plain, fast = (tiny_engine(model, slots=1, speculate=guesses) for guesses in (0, 7))
     assert tokens_of(fast.generate(prompt, params)) == tokens_of(plain.generate(prompt, params))
     assert fast.stats().accepted_tokens > 0
 
 
-def test_moving_sequences_between_slots_does_not_upset_captured_steps() -> None:
+@pytest.mark.parametrize("fast", [False, True])
+def test_moving_sequences_between_slots_does_not_upset_captured_steps(fast: bool) -> None:
     """Sequences end one by one, so that the batch shrinks and the rest move down."""
-    engine = tiny_engine(tiny_model().cuda(), slots=4)
+    exact, model = models(fast)
+    engine = tiny_engine(model, slots=4)
     prompts = [some_tokens(30, seed) for seed in range(4)]
     streams = [
         engine.generate(prompt, SamplingParams(max_tokens=10 * (row + 1), **GREEDY))
@@ -114,4 +137,4 @@ def test_moving_sequences_between_slots_does_not_upset_captured_steps() -> None:
         for found, stream in zip(tokens, streams, strict=True):
             found += tokens_of([event] if (event := next(stream, None)) else [])
     for row, (prompt, found) in enumerate(zip(prompts, tokens, strict=True)):
-        assert found == plain_greedy(tiny_model(), prompt, 10 * (row + 1))
+        assert found == plain_greedy(exact, prompt, 10 * (row + 1))

@@ -35,22 +35,6 @@ def norm_rows(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def round_rows(  # type: ignore[no-untyped-def]
-    x, q, scale, K: tl.constexpr, BK: tl.constexpr, DEPENDENT: tl.constexpr
-):
-    """One row as e4m3 and a scale."""
-    k = tl.arange(0, BK)
-    row = tl.program_id(0).to(tl.int64)
-    if DEPENDENT:
-        gdc_launch_dependents()
-        gdc_wait()
-    a = tl.load(x + row * K + k, mask=k < K, other=0.0).to(tl.float32)
-    s = tl.maximum(tl.max(tl.abs(a), axis=0) / 448.0, 1e-12)
-    tl.store(scale + row, s)
-    tl.store(q + row * K + k, (a / s).to(q.dtype.element_ty), mask=k < K)
-
-
-@triton.jit
 def gate_rows(  # type: ignore[no-untyped-def]
     both, out, N, BN: tl.constexpr, DEPENDENT: tl.constexpr
 ):
@@ -116,16 +100,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     warps = 4 if size <= 4096 else 8
     launch(norm_rows, (x.numel() // K,), x.device, x, weight, eps, out, K, BK=size, warps=warps)
     return out
-
-
-def round_to_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows ``[R, K]`` as e4m3 ``[R, K]`` and scales ``[R, 1]`` float32: :func:`axon_llm.fast.fp8.round_rows`."""
-    R, K = x.shape
-    q = torch.empty(R, K, device=x.device, dtype=torch.float8_e4m3fn)
-    scale = torch.empty(R, 1, device=x.device, dtype=torch.float32)
-    size = triton.next_power_of_2(K)
-    launch(round_rows, (R,), x.device, x, q, scale, K, BK=size, warps=4 if size <= 4096 else 8)
-    return q, scale
 
 
 def gate(both: Tensor) -> Tensor:

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from axon_llm.cache import KVCache
-from axon_llm.fast import ops
 from axon_llm.fast.gpu.linear import GpuLinear
+from axon_llm.fast.gpu.operators import gpu_kernels
 from axon_llm.layers.norm import RMSNorm
 from axon_llm.model import Block
 
@@ -64,22 +64,23 @@ class GpuBlock(nn.Module):
         super().__init__()
         attention = block.self_attn
         self.layer, self.window = attention.layer, window
-        self.num_heads, self.num_kv_heads = attention.num_heads, attention.num_kv_heads
-        self.head_dim = attention.head_dim
+        self.num_kv_heads, self.head_dim = attention.num_kv_heads, attention.head_dim
         self.input_layernorm = GpuNorm(block.input_layernorm)
         self.post_attention_layernorm = GpuNorm(block.post_attention_layernorm)
         self.self_attn = attention  # the norms of queries and keys are left of it, under the names of a checkpoint
         self.qkv_proj: Any = qkv_proj
-        self.o_proj, self.gate_up_proj, self.down_proj = o_proj, gate_up_proj, down_proj
-        gate_up = isinstance(gate_up_proj, GpuLinear) and gate_up_proj.bias is None
-        self.in_rows = gate_up and isinstance(qkv_proj, GpuLinear)
+        self.gate_up_proj: Any = gate_up_proj
+        self.o_proj, self.down_proj = o_proj, down_proj
+        both = (qkv_proj, gate_up_proj)
+        self.in_rows = all(isinstance(linear, GpuLinear) and linear.norms_rows for linear in both)
+        self.in_rows = self.in_rows and self.gate_up_proj.bias is None
 
     @classmethod
     def where_it_suits(cls, block: Block, linears: Sequence[nn.Module], window: int | None) -> GpuBlock | None:
         """One for these four linears, in the order above, if there can be one."""
         tensors = [*linears[0].parameters(), *linears[0].buffers()]
         on_gpu = bool(tensors) and tensors[0].device.type == "cuda"
-        if not on_gpu or block.self_attn.head_dim not in HEAD_DIMS or not ops.gpu_kernels():
+        if not on_gpu or block.self_attn.head_dim not in HEAD_DIMS or not gpu_kernels():
             return None
         qkv, out, gate_up, down = linears
         return cls(block, qkv, out, gate_up, down, window or 0)
@@ -96,8 +97,9 @@ class GpuBlock(nn.Module):
         normed = isinstance(q_norm, RMSNorm) and isinstance(k_norm, RMSNorm)
         if cache is not None:
             keys, values = cache.layer(self.layer)  # [B, Hkv, S, D]
-        else:
+        else:  # wherever the new tokens stand, there are only their keys to look at
             keys, values = x.new_empty(2, B, Hkv, T, D).unbind(0)
+            positions = torch.arange(T, device=x.device).expand(B, T)
         heads = self.qkv_proj.row(x, first.weight, first.eps) if one else self.qkv_proj(first(x))
         given = (
             heads.view(B, T, -1, D), q_norm.weight if normed else None, k_norm.weight if normed else None,

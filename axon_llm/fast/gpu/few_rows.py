@@ -21,7 +21,8 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from axon_llm.fast.gpu.launch import launch
-from axon_llm.fast.gpu.words import FEW_ROWS, weights_in_word
+from axon_llm.fast.gpu.linear import FEW_ROWS
+from axon_llm.fast.gpu.words import weights_in_word
 
 
 @triton.jit

@@ -26,7 +26,17 @@ def dependent(device: torch.device) -> bool:
 def launch(
     kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments: Any, warps: int, stages: int = 3, **sizes: Any
 ) -> None:
-    """Run a kernel that takes ``DEPENDENT`` on the current stream."""
+    """Run a kernel that takes ``DEPENDENT`` on the current stream.
+
+    Args:
+        kernel: compiled by Triton.
+        grid: programs, in up to three dimensions.
+        device: of its tensors.
+        arguments: the kernel's, up to those it is compiled for.
+        warps: of a program.
+        stages: of loads under way in a loop around products of the matrix unit.
+        sizes: what it is compiled for, by name.
+    """
     early = dependent(device)
     more = {"launch_pdl": True} if early else {}
     kernel[grid](*arguments, **sizes, DEPENDENT=early, num_warps=warps, num_stages=stages, **more)

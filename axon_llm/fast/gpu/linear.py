@@ -6,10 +6,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from axon_llm.fast import ops
-from axon_llm.fast.gpu.words import FEW_ROWS, to_words, weights_in_word
+from axon_llm.fast.gpu.operators import gpu_kernels
+from axon_llm.fast.gpu.words import to_words, weights_in_word
 from axon_llm.fast.linear import FastLinear
 
+FEW_ROWS = 64  # that quantised weights are multiplied by as they are
 _KINDS = {1: "plain-triton", 4: "int8-triton", 8: "int4-triton"}
 
 
@@ -27,6 +28,7 @@ class GpuLinear(FastLinear):
         bias: ``[N]`` or ``None``.
     """
 
+    norms_rows = True  # a norm in front of one row costs nothing
     words: Tensor
     scale: Tensor | None
     middle: Tensor | None
@@ -52,7 +54,7 @@ class GpuLinear(FastLinear):
         """One for weights ``[N, K]``, or quantised values and their scales, if there can be one."""
         weight = values[0]
         piece = {torch.int8: 16, torch.uint8: 32}.get(weight.dtype, 8)
-        if weight.device.type != "cuda" or weight.shape[1] % piece or not ops.gpu_kernels():
+        if weight.device.type != "cuda" or weight.shape[1] % piece or not gpu_kernels():
             return None
         words = to_words(weight) if len(values) > 1 else weight.detach()
         scale, middle = (*values[1:], None, None)[:2]
@@ -63,6 +65,8 @@ class GpuLinear(FastLinear):
         rows = x.numel() // self.in_features
         if rows == 1:
             return self.row(x)
+        if self.in_word > 1:  # one row is rounded on the way
+            x = torch.ops.axon.round_pieces(x, 4 * self.in_word)
         if self.in_word > 1 and rows <= FEW_ROWS:
             flat = x.reshape(-1, self.in_features)
             y: Tensor = torch.ops.axon.few_rows_product(flat, self.words, self.scale, self.middle)

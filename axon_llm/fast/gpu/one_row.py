@@ -20,8 +20,6 @@ Legend: N output channels · K input channels · P weights in a word (``words.py
 
 from __future__ import annotations
 
-import os
-
 import torch
 import triton
 import triton.language as tl
@@ -31,12 +29,10 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from axon_llm.fast.gpu.launch import launch
 from axon_llm.fast.gpu.words import weights_in_word
 
-ASSEMBLED = tl.constexpr(os.environ.get("TRITON_INTERPRET") != "1")  # its interpreter knows no instructions
-
 
 @triton.jit
-def four_products(w, x):  # type: ignore[no-untyped-def]
-    """The sum of products of the four signed bytes of each word, int32."""
+def four_products(w, x, ASSEMBLED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The sum of products of the four signed bytes of each word, int32; Triton's interpreter knows no instructions."""
     if ASSEMBLED:
         w, x = tl.broadcast(w, x)
         return tl.inline_asm_elementwise(
@@ -87,7 +83,10 @@ def _piece(rows, t, PIECES: tl.constexpr):  # type: ignore[no-untyped-def]
 def _four_rounded(  # type: ignore[no-untyped-def]
     a, b, c, d, inverse
 ):
-    """Four numbers as the bytes of a word: a sum with 1.5 · 2²³ has the nearest integer in its lowest bits."""
+    """Four ``[BT, 4]`` as the bytes of words ``[BT, 4]``.
+
+    A sum with 1.5 · 2²³ has the nearest integer in its lowest bits.
+    """
     word = (a * inverse + 12582912.0).to(tl.int32, bitcast=True) & 0xFF
     word |= ((b * inverse + 12582912.0).to(tl.int32, bitcast=True) & 0xFF) << 8
     word |= ((c * inverse + 12582912.0).to(tl.int32, bitcast=True) & 0xFF) << 16
@@ -98,18 +97,24 @@ def _four_rounded(  # type: ignore[no-untyped-def]
 def _activations(  # type: ignore[no-untyped-def]
     x, norm, k, inside, squares, NORMED: tl.constexpr
 ):
-    """Four neighbours of each piece, times the norm's weight if there is one, and their squares added to others."""
+    """Four neighbours of each of BT pieces, float32 ``[BT, 4]``, and their squares added to others.
+
+    With a norm, times its weight. Without, their squares are not asked for, and what is added is 0; but not for what is
+    not a number, of which rounding would leave no trace.
+    """
     a = tl.load(x + k, mask=inside[:, None], other=0.0).to(tl.float32)
     if NORMED:
         squares += a * a
         a *= tl.load(norm + k, mask=inside[:, None], other=0.0).to(tl.float32)
+    else:
+        squares += a * 0.0
     return a, squares
 
 
 @triton.jit
 def _integers(  # type: ignore[no-untyped-def]
     x, norm, words, scale, middle, n, K: tl.constexpr, P: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr,
-    NORMED: tl.constexpr, DEPENDENT: tl.constexpr,
+    NORMED: tl.constexpr, ASSEMBLED: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """The same for quantised weights, BT pieces of four words at a time."""
     PIECES: tl.constexpr = K // (4 * P)
@@ -136,7 +141,7 @@ def _integers(  # type: ignore[no-untyped-def]
         if P == 4:
             largest = tl.max(largest, axis=1)
             inverse = (127.0 / tl.maximum(largest, 1e-20))[:, None]
-            sums = tl.sum(four_products(here, _four_rounded(a, b, c, d, inverse)[:, None, :]), axis=2)
+            sums = tl.sum(four_products(here, _four_rounded(a, b, c, d, inverse)[:, None, :], ASSEMBLED), axis=2)
             total += sums.to(tl.float32) * (largest / 127.0)[:, None]
         else:
             e, squares = _activations(x, norm, k + 16, inside, squares, NORMED)
@@ -147,11 +152,12 @@ def _integers(  # type: ignore[no-untyped-def]
             largest = tl.max(tl.maximum(largest, others), axis=1)
             inverse = (127.0 / tl.maximum(largest, 1e-20))[:, None]
             low, high = _four_rounded(a, b, c, d, inverse), _four_rounded(e, f, g, h, inverse)
-            sums = four_products(here & 0x0F0F0F0F, low[:, None, :])
-            sums += four_products((here >> 4) & 0x0F0F0F0F, high[:, None, :])
+            sums = four_products(here & 0x0F0F0F0F, low[:, None, :], ASSEMBLED)
+            sums += four_products((here >> 4) & 0x0F0F0F0F, high[:, None, :], ASSEMBLED)
             sums = tl.sum(sums, axis=2).to(tl.float32)
             ones = tl.full((BT, 4), 0x01010101, tl.int32)
-            plain = tl.sum(four_products(ones, low) + four_products(ones, high), axis=1).to(tl.float32)[:, None]
+            plain = four_products(ones, low, ASSEMBLED) + four_products(ones, high, ASSEMBLED)
+            plain = tl.sum(plain, axis=1).to(tl.float32)[:, None]
             s = tl.load(scale + piece + start, mask=inside[:, None], other=0.0).to(tl.float32)
             z = tl.load(middle + piece + start, mask=inside[:, None], other=0.0).to(tl.float32)
             # w = (q − 8) · scale + middle
@@ -165,7 +171,7 @@ def _integers(  # type: ignore[no-untyped-def]
 @triton.jit
 def _sums(  # type: ignore[no-untyped-def]
     x, norm, eps, words, scale, middle, n, K: tl.constexpr, P: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr,
-    NORMED: tl.constexpr, DEPENDENT: tl.constexpr,
+    NORMED: tl.constexpr, ASSEMBLED: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """``Σ x·w`` for the BN output channels ``n``, float32, of the normed row if asked for."""
     if P == 1:
@@ -173,20 +179,23 @@ def _sums(  # type: ignore[no-untyped-def]
         if scale is not None:
             y *= tl.load(scale + n)
     else:
-        y, squares = _integers(x, norm, words, scale, middle, n, K, P, BN, BT, NORMED, DEPENDENT)
+        y, squares = _integers(x, norm, words, scale, middle, n, K, P, BN, BT, NORMED, ASSEMBLED, DEPENDENT)
     if NORMED:
         y *= tl.rsqrt(squares / K + eps)
+    elif P > 1:
+        y += squares  # 0, or not a number
     return y
 
 
 @triton.jit
 def product(  # type: ignore[no-untyped-def]
     x, norm, eps, words, scale, middle, bias, residual, out, N, K: tl.constexpr, P: tl.constexpr, BN: tl.constexpr,
-    BT: tl.constexpr, NORMED: tl.constexpr, BIASED: tl.constexpr, ADDED: tl.constexpr, DEPENDENT: tl.constexpr,
+    BT: tl.constexpr, NORMED: tl.constexpr, BIASED: tl.constexpr, ADDED: tl.constexpr,
+    ASSEMBLED: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """BN output channels of a product, plus a bias, plus the stream."""
     n = tl.program_id(0) * BN + tl.arange(0, BN)
-    y = _sums(x, norm, eps, words, scale, middle, tl.minimum(n, N - 1), K, P, BN, BT, NORMED, DEPENDENT)
+    y = _sums(x, norm, eps, words, scale, middle, tl.minimum(n, N - 1), K, P, BN, BT, NORMED, ASSEMBLED, DEPENDENT)
     if BIASED:
         y += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
     if ADDED:
@@ -197,13 +206,13 @@ def product(  # type: ignore[no-untyped-def]
 @triton.jit
 def gated(  # type: ignore[no-untyped-def]
     x, norm, eps, words, scale, middle, out, N, K: tl.constexpr, P: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr,
-    DEPENDENT: tl.constexpr,
+    ASSEMBLED: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """BN / 2 channels of ``silu(gate) · up`` of a normed row; the weights are N rows of gate, then N of up."""
     i = tl.arange(0, BN)
     channel = tl.program_id(0) * (BN // 2) + i // 2
     n = tl.minimum(channel, N - 1) + (i % 2) * N
-    y = _sums(x, norm, eps, words, scale, middle, n, K, P, BN, BT, True, DEPENDENT)
+    y = _sums(x, norm, eps, words, scale, middle, n, K, P, BN, BT, True, ASSEMBLED, DEPENDENT)
     gate, up = tl.split(tl.reshape(y.to(out.dtype.element_ty).to(tl.float32), (BN // 2, 2)))
     y = (gate / (1.0 + tl.exp(-gate))) * up
     n = tl.program_id(0) * (BN // 2) + tl.arange(0, BN // 2)
@@ -247,7 +256,8 @@ def row_product(
     launch(
         product, (triton.cdiv(N, sizes["BN"]),), x.device,
         x, norm, eps, words, scale, middle, bias, residual, out, N, K, weights_in_word(words, K),
-        NORMED=norm is not None, BIASED=bias is not None, ADDED=residual is not None, **sizes,
+        NORMED=norm is not None, BIASED=bias is not None, ADDED=residual is not None,
+        ASSEMBLED=x.device.type == "cuda", **sizes,
     )  # fmt: skip
     return out
 
@@ -270,6 +280,7 @@ def row_gated(
     sizes = _sizes(words, K)
     launch(
         gated, (triton.cdiv(2 * N, sizes["BN"]),), x.device,
-        x, norm, eps, words, scale, middle, out, N, K, weights_in_word(words, K), **sizes,
+        x, norm, eps, words, scale, middle, out, N, K, weights_in_word(words, K),
+        ASSEMBLED=x.device.type == "cuda", **sizes,
     )  # fmt: skip
     return out

@@ -14,8 +14,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-FEW_ROWS = 64  # that quantised weights are multiplied by as they are
-
 
 def to_words(q: Tensor) -> Tensor:
     """Quantised weights ``[N, K]`` as int32 words ``[N, K / P]``.

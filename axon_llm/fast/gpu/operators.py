@@ -1,0 +1,236 @@
+"""The GPU kernels as operators, which stay whole when a step is compiled; see ``ops.py``.
+
+Behind a name there is a kernel on a GPU only, and Triton is imported when the first of them is called. Registering them
+is this module's only side effect.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+OLDEST = (8, 0)  # compute capability from which bfloat16 can be multiplied
+
+_library = torch.library.Library("axon", "FRAGMENT")
+_library.define(
+    "row_product(Tensor x, Tensor? norm, float eps, Tensor words, Tensor? scale, Tensor? middle, Tensor? bias,"
+    " Tensor? residual) -> Tensor"
+)
+_library.define("row_gated(Tensor x, Tensor norm, float eps, Tensor words, Tensor? scale, Tensor? middle) -> Tensor")
+_library.define("few_rows_product(Tensor x, Tensor words, Tensor scale, Tensor? middle) -> Tensor")
+_library.define("gpu_norm(Tensor x, Tensor weight, float eps) -> Tensor")
+_library.define("round_pieces(Tensor x, int piece) -> Tensor")
+_library.define("round_to_fp8(Tensor x) -> (Tensor, Tensor)")
+_library.define("as_in_fp8(Tensor x) -> Tensor")
+_library.define("gpu_gate(Tensor both) -> Tensor")
+_library.define(
+    "gpu_turn(Tensor heads, Tensor? q_norm, Tensor? k_norm, float eps, Tensor cos, Tensor sin, Tensor positions,"
+    " Tensor(a!) keys, Tensor(b!) values) -> Tensor"
+)
+_library.define(
+    "gpu_step(Tensor heads, Tensor? q_norm, Tensor? k_norm, float eps, Tensor cos, Tensor sin, Tensor positions,"
+    " Tensor(a!) keys, Tensor(b!) values, int window) -> Tensor"
+)
+_library.define("widen(Tensor words, Tensor scale, Tensor? middle, int inputs, ScalarType dtype) -> Tensor")
+_library.define("gpu_attention(Tensor q, Tensor keys, Tensor values, Tensor positions, int window) -> Tensor")
+
+
+def row_product(
+    x: Tensor, norm: Tensor | None, eps: float, words: Tensor, scale: Tensor | None, middle: Tensor | None,
+    bias: Tensor | None, residual: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """See ``gpu/one_row.py``."""
+    from axon_llm.fast.gpu import one_row
+
+    return one_row.row_product(x.contiguous(), norm, eps, words, scale, middle, bias, residual)
+
+
+def row_gated(
+    x: Tensor, norm: Tensor, eps: float, words: Tensor, scale: Tensor | None, middle: Tensor | None
+) -> Tensor:
+    """See ``gpu/one_row.py``."""
+    from axon_llm.fast.gpu import one_row
+
+    return one_row.row_gated(x.contiguous(), norm, eps, words, scale, middle)
+
+
+def few_rows_product(x: Tensor, words: Tensor, scale: Tensor, middle: Tensor | None) -> Tensor:
+    """See ``gpu/few_rows.py``."""
+    from axon_llm.fast.gpu import few_rows
+
+    return few_rows.few_rows_product(x.contiguous(), words, scale, middle)
+
+
+def gpu_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """See ``gpu/around.py``."""
+    from axon_llm.fast.gpu import around
+
+    return around.rms_norm(x.contiguous(), weight, eps)
+
+
+def round_pieces(x: Tensor, piece: int) -> Tensor:
+    """See ``gpu/rounding.py``."""
+    from axon_llm.fast.gpu import rounding
+
+    return rounding.round_pieces(x.contiguous(), piece)
+
+
+def as_in_fp8(x: Tensor) -> Tensor:
+    """See ``gpu/rounding.py``."""
+    from axon_llm.fast.gpu import rounding
+
+    return rounding.as_in_fp8(x.contiguous())
+
+
+def round_to_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """See ``gpu/rounding.py``."""
+    from axon_llm.fast.gpu import rounding
+
+    return rounding.round_to_fp8(x.contiguous())
+
+
+def gpu_gate(both: Tensor) -> Tensor:
+    """See ``gpu/around.py``."""
+    from axon_llm.fast.gpu import around
+
+    return around.gate(both.contiguous())
+
+
+def gpu_turn(
+    heads: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, eps: float, cos: Tensor, sin: Tensor,
+    positions: Tensor, keys: Tensor, values: Tensor,
+) -> Tensor:  # fmt: skip
+    """See ``gpu/around.py``."""
+    from axon_llm.fast.gpu import around
+
+    at = positions.contiguous()
+    return around.turn(heads.contiguous(), q_norm, k_norm, eps, cos.contiguous(), sin.contiguous(), at, keys, values)
+
+
+def gpu_step(
+    heads: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, eps: float, cos: Tensor, sin: Tensor,
+    positions: Tensor, keys: Tensor, values: Tensor, window: int,
+) -> Tensor:  # fmt: skip
+    """See ``gpu/step.py``."""
+    from axon_llm.fast.gpu import step
+
+    given = heads.contiguous(), q_norm, k_norm, eps, cos.contiguous(), sin.contiguous(), positions
+    return step.attention_step(*given, keys, values, window)
+
+
+def widen(words: Tensor, scale: Tensor, middle: Tensor | None, inputs: int, dtype: torch.dtype) -> Tensor:
+    """See ``gpu/few_rows.py``."""
+    from axon_llm.fast.gpu import few_rows
+
+    return few_rows.widen(words, scale, middle, inputs, dtype)
+
+
+def gpu_attention(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, window: int) -> Tensor:
+    """See ``gpu/attention.py``."""
+    from axon_llm.fast.gpu import attention
+
+    return attention.attention(q.contiguous(), keys, values, positions.contiguous(), window)
+
+
+@cache
+def gpu_kernels() -> bool:
+    """The kernels can be used: Triton is installed, the GPU is Nvidia's and not too old. Where not, stderr says so."""
+    reason = ""
+    try:
+        from axon_llm.fast.gpu import attention, few_rows, step  # noqa: F401
+    except ImportError as error:
+        reason = str(error)
+    if torch.version.hip is not None:
+        reason = "they are for Nvidia's GPUs"
+    elif torch.cuda.is_available() and torch.cuda.get_device_capability() < OLDEST:
+        reason = f"they need compute capability {OLDEST[0]}.{OLDEST[1]}"
+    if reason:
+        print(f"axon: our own GPU kernels are not used, and steps are slower: {reason}", file=sys.stderr)  # noqa: T201
+    return not reason
+
+
+ON_GPU: dict[str, Callable[..., Any]] = {
+    each.__name__: each
+    for each in (
+        row_product, row_gated, few_rows_product, widen, round_pieces, round_to_fp8, as_in_fp8, gpu_norm, gpu_gate,
+        gpu_turn, gpu_step, gpu_attention,
+    )
+}  # fmt: skip
+for _name, _kernel in ON_GPU.items():
+    _library.impl(_name, _kernel, "CUDA")
+
+
+@torch.library.register_fake("axon::row_product", lib=_library)
+def _row_product_shape(
+    x: Tensor, norm: Tensor | None, eps: float, words: Tensor, scale: Tensor | None, middle: Tensor | None,
+    bias: Tensor | None, residual: Tensor | None,
+) -> Tensor:  # fmt: skip
+    return x.new_empty(*x.shape[:-1], words.shape[0])
+
+
+@torch.library.register_fake("axon::row_gated", lib=_library)
+def _row_gated_shape(
+    x: Tensor, norm: Tensor, eps: float, words: Tensor, scale: Tensor | None, middle: Tensor | None
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], words.shape[0] // 2)
+
+
+@torch.library.register_fake("axon::few_rows_product", lib=_library)
+def _few_rows_product_shape(x: Tensor, words: Tensor, scale: Tensor, middle: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape[0], words.shape[0])
+
+
+@torch.library.register_fake("axon::gpu_norm", lib=_library)
+def _gpu_norm_shape(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("axon::round_pieces", lib=_library)
+def _round_pieces_shape(x: Tensor, piece: int) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("axon::as_in_fp8", lib=_library)
+def _as_in_fp8_shape(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("axon::round_to_fp8", lib=_library)
+def _round_to_fp8_shape(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape, dtype=torch.float8_e4m3fn), x.new_empty(x.shape[0], 1, dtype=torch.float32)
+
+
+@torch.library.register_fake("axon::gpu_gate", lib=_library)
+def _gpu_gate_shape(both: Tensor) -> Tensor:
+    return both.new_empty(*both.shape[:-1], both.shape[-1] // 2)
+
+
+@torch.library.register_fake("axon::gpu_turn", lib=_library)
+def _gpu_turn_shape(
+    heads: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, eps: float, cos: Tensor, sin: Tensor,
+    positions: Tensor, keys: Tensor, values: Tensor,
+) -> Tensor:  # fmt: skip
+    return heads.new_empty(*heads.shape[:2], heads.shape[2] - 2 * keys.shape[1], heads.shape[3])
+
+
+@torch.library.register_fake("axon::gpu_step", lib=_library)
+def _gpu_step_shape(
+    heads: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, eps: float, cos: Tensor, sin: Tensor,
+    positions: Tensor, keys: Tensor, values: Tensor, window: int,
+) -> Tensor:  # fmt: skip
+    return heads.new_empty(*heads.shape[:2], heads.shape[2] - 2 * keys.shape[1], heads.shape[3])
+
+
+@torch.library.register_fake("axon::widen", lib=_library)
+def _widen_shape(words: Tensor, scale: Tensor, middle: Tensor | None, inputs: int, dtype: torch.dtype) -> Tensor:
+    return words.new_empty(words.shape[0], inputs, dtype=dtype)
+
+
+@torch.library.register_fake("axon::gpu_attention", lib=_library)
+def _gpu_attention_shape(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, window: int) -> Tensor:
+    return q.new_empty(q.shape)
