@@ -19,11 +19,10 @@ from torch import Tensor, nn
 from axon_llm.cache import KVCache
 from axon_llm.checkpoint import load
 from axon_llm.fast import accelerate
+from axon_llm.fast.gpu.words import PIECES
 from axon_llm.fast.quantise import dequantise_int4, dequantise_int8, quantise_int4, quantise_int8
 from axon_llm.model import Transformer
 
-# Input channels whose activations share a scale where one row meets quantised weights on a GPU (``fast/gpu/words.py``).
-GPU_PIECES = {"int8": 16, "int4": 32}
 MODES: tuple[tuple[str, str, str | None], ...] = (
     ("bfloat16", "bfloat16", None),
     ("int8", "bfloat16", "int8"),
@@ -65,7 +64,7 @@ def as_on_a_gpu(model: Transformer, quantize: str) -> Transformer:
     """The readable model, its linears rounded as a GPU's decode step of one row rounds weights and activations."""
 
     def rounded(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Tensor]:
-        return (round_activations(inputs[0], GPU_PIECES[quantize]),)
+        return (round_activations(inputs[0], PIECES[quantize]),)
 
     for module in model.modules():
         if isinstance(module, nn.Linear):
@@ -91,7 +90,7 @@ def measure(name: str, rows: int, length: int) -> list[dict[str, object]]:
         for mode, dtype, quantize in MODES:
             model = accelerate(load(name, device="cpu", dtype=dtype)[0], quantize)
             results.append({"mode": mode, "tokens": tokens.numel(), **compare(exact, model(tokens, positions))})
-        for quantize in GPU_PIECES:
+        for quantize in PIECES:
             model = as_on_a_gpu(load(name, device="cpu", dtype="bfloat16")[0], quantize)
             found = compare(exact, model(tokens, positions))
             results.append({"mode": f"{quantize}, one row on a GPU", "tokens": tokens.numel(), **found})

@@ -225,14 +225,15 @@ class Runner:
             longest: prepare for sequences of up to this many tokens only; for all that fit when omitted.
             progress: called after each shape with how many are done, and how many there are.
         """
-        chunks = self.buckets.chunks.values if self.device.type == "cuda" else (1,)  # kernels are made for each there
-        for size in chunks:
-            self.prefill(0, [0] * size, 0, size)
         longest = self.buckets.lengths.at_least(min(longest or self.cache.max_seq_len, self.cache.max_seq_len))
+        prefills = [(0, 1)]
+        if self.device.type == "cuda":  # kernels are made for each chunk, and for how many programs share the positions
+            chunks = self.buckets.chunks.values
+            prefills = [(0, size) for size in chunks]
+            prefills += [(end - chunks[0], end) for end in doubling(chunks[0], longest)]
+        for start, end in prefills:
+            self.prefill(0, [0] * end, start, end)
         lengths = [length for length in self.buckets.lengths.values if length <= longest]
-        if self.device.type == "cuda":  # and for how many programs a few tokens' positions are split between
-            for end in doubling(chunks[0], longest):
-                self.prefill(0, [0] * end, end - chunks[0], end)
         shapes = [(rows, 1, length) for length in lengths for rows in self.buckets.rows.values]
         if self._checked:
             shapes += [(1, self._checked, length) for length in lengths if length >= self._checked]

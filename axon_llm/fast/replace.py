@@ -216,11 +216,6 @@ def build(kernel: str, values: tuple[Tensor, ...], bias: Tensor | None) -> FastL
 
 def _make(plan: Plan, rows: int, linears: Sequence[nn.Linear]) -> nn.Module:
     """One fast linear that does the work of several with the same input, stacked in order."""
-    if plan.kernel == "gpu":
-        weight = stack([linear.weight for linear in linears])
-        assert weight is not None
-        bias = stack([linear.bias for linear in linears])
-        return GpuLinear.where_it_suits((weight,), bias) or PlainLinear(weight, bias)
     if plan.kernel == "plain" and len(linears) > 1:
         return ParallelLinear([PlainLinear(linear.weight, linear.bias) for linear in linears])
     bias = stack([linear.bias for linear in linears])
@@ -231,7 +226,9 @@ def _make(plan: Plan, rows: int, linears: Sequence[nn.Linear]) -> nn.Module:
         return Bf16Strips([linear.weight for linear in linears], bias)
     weight = stack([linear.weight for linear in linears])
     assert weight is not None
-    return PackedLinear(weight, bias, rows) if plan.kernel == "packed" else PlainLinear(weight, bias)
+    if plan.kernel == "packed":
+        return PackedLinear(weight, bias, rows)
+    return (GpuLinear.where_it_suits((weight,), bias) if plan.kernel == "gpu" else None) or PlainLinear(weight, bias)
 
 
 def stack(parts: Sequence[Tensor | None]) -> Tensor | None:

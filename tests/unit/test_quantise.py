@@ -14,6 +14,7 @@ from axon_llm.config import ModelConfig
 from axon_llm.errors import CheckpointError, ConfigError, UsageError
 from axon_llm.fast import accelerate, describe, native, ops
 from axon_llm.fast.fp8 import quantise_fp8
+from axon_llm.fast.gpu.words import from_words, to_words
 from axon_llm.fast.int4 import Int4Linear, Int4WeightLinear, pack
 from axon_llm.fast.int8 import Int8Linear, Int8WeightLinear, quantise_rows
 from axon_llm.fast.packed import load_packed, write_packed
@@ -263,3 +264,14 @@ def test_a_pytorch_without_the_private_operators_is_slow_and_right_and_says_so_o
         ops.works.cache_clear()
     assert describe(fast)["fused"]
     assert capsys.readouterr().err.count("does not serve them") == 1
+
+
+def test_the_words_that_a_gpu_reads_hold_what_was_quantised() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(64, 96)
+    for q, per_word in ((quantise_int8(weight)[0], 4), (quantise_int4(weight)[0], 8)):
+        words = to_words(q)
+        assert words.shape == (64, 96 // per_word)
+        assert torch.equal(from_words(words, per_word), q.to(torch.int8))
+        # byte b of word i is channel 4 · b + i: the first four channels are the lowest bits of the first four words
+        assert torch.equal(words[:, :4] & (255 if per_word == 4 else 15), q[:, :4].to(torch.int32) & 255)

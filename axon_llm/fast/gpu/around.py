@@ -35,6 +35,12 @@ def norm_rows(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def gated_by(gate, up):  # type: ignore[no-untyped-def]
+    """``silu(gate) · up``, float32, any shape."""
+    return (gate / (1.0 + tl.exp(-gate))) * up
+
+
+@triton.jit
 def gate_rows(  # type: ignore[no-untyped-def]
     both, out, N, BN: tl.constexpr, DEPENDENT: tl.constexpr
 ):
@@ -46,7 +52,7 @@ def gate_rows(  # type: ignore[no-untyped-def]
         gdc_wait()
     gate = tl.load(both + row * 2 * N + n, mask=n < N, other=0.0).to(tl.float32)
     up = tl.load(both + row * 2 * N + N + n, mask=n < N, other=0.0).to(tl.float32)
-    y = (gate / (1.0 + tl.exp(-gate))) * up
+    y = gated_by(gate, up)
     tl.store(out + row * N + n, y.to(out.dtype.element_ty), mask=n < N)
 
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from axon_llm.fast.gpu.operators import gpu_kernels
-from axon_llm.fast.gpu.words import to_words, weights_in_word
+from axon_llm.fast.gpu.words import PIECES, to_words, weights_in_word
 from axon_llm.fast.linear import FastLinear
 
 FEW_ROWS = 64  # that quantised weights are multiplied by as they are
@@ -53,7 +53,7 @@ class GpuLinear(FastLinear):
     def where_it_suits(cls, values: tuple[Tensor, ...], bias: Tensor | None) -> GpuLinear | None:
         """One for weights ``[N, K]``, or quantised values and their scales, if there can be one."""
         weight = values[0]
-        piece = {torch.int8: 16, torch.uint8: 32}.get(weight.dtype, 8)
+        piece = {torch.int8: PIECES["int8"], torch.uint8: PIECES["int4"]}.get(weight.dtype, 8)
         if weight.device.type != "cuda" or weight.shape[1] % piece or not gpu_kernels():
             return None
         words = to_words(weight) if len(values) > 1 else weight.detach()

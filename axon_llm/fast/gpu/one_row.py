@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from axon_llm.fast.gpu.around import gated_by
 from axon_llm.fast.gpu.launch import launch
 from axon_llm.fast.gpu.words import weights_in_word
 
@@ -214,7 +215,7 @@ def gated(  # type: ignore[no-untyped-def]
     n = tl.minimum(channel, N - 1) + (i % 2) * N
     y = _sums(x, norm, eps, words, scale, middle, n, K, P, BN, BT, True, ASSEMBLED, DEPENDENT)
     gate, up = tl.split(tl.reshape(y.to(out.dtype.element_ty).to(tl.float32), (BN // 2, 2)))
-    y = (gate / (1.0 + tl.exp(-gate))) * up
+    y = gated_by(gate, up)
     n = tl.program_id(0) * (BN // 2) + tl.arange(0, BN // 2)
     tl.store(out + n, y.to(out.dtype.element_ty), mask=n < N)
 

@@ -14,6 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+PIECES = {"int8": 16, "int4": 32}  # input channels of one, whose activations share a scale
+
 
 def to_words(q: Tensor) -> Tensor:
     """Quantised weights ``[N, K]`` as int32 words ``[N, K / P]``.
