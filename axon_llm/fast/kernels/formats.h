@@ -1,7 +1,7 @@
 // What is in a strip, and how rows are multiplied by it: bfloat16 in pairs or widened, int8, int4.
 //
-// Each format says how activations are prepared, how a block is loaded, how ROWS rows are multiplied by it, and how a
-// sum becomes a result.
+// Each format says how activations are prepared, how a block is loaded, how ROWS rows are multiplied by it, or by the
+// blocks of two strips, and how a sum becomes a result.
 //
 // Read next: tiles.h.
 
@@ -24,38 +24,54 @@ constexpr int WORDS_AT_ONCE = HELD ? 16 : 2;
 template <class Format>
 class Loaded {
  public:
-  explicit Loaded(const uint8_t* p) : begin(p) {
+  explicit Loaded(const uint8_t* p) : begin_(p) {
 #pragma GCC unroll 16
     for (int i = 0; i < 16; i++) words_[i] = Format::word(p, i);
   }
-  const auto& operator[](int i) const { return words_[i]; }
+  const auto& word(int, int i) const { return words_[i]; }
+  const uint8_t* from(int) const { return begin_; }
   const Loaded& again() const { return *this; }
 
-  const uint8_t* const begin;
-
  private:
+  const uint8_t* const begin_;
   decltype(Format::word(nullptr, 0)) words_[16];
 };
 template <class Format>
 class InPlace {
  public:
-  explicit InPlace(const uint8_t* p) : begin(p) {}
-  auto operator[](int i) const { return Format::word(begin, i); }
+  explicit InPlace(const uint8_t* p) : begin_(p) {}
+  auto word(int, int i) const { return Format::word(begin_, i); }
+  const uint8_t* from(int) const { return begin_; }
 
   // The same for other rows, and not to be read before: GCC would widen the weights once for all rows, and keep them
   // where it takes as long to read them.
   InPlace again() const {
-    const uint8_t* p = begin;
+    const uint8_t* p = begin_;
     asm volatile("" : "+r"(p));
     return InPlace(p);
   }
 
-  const uint8_t* const begin;
+ private:
+  const uint8_t* const begin_;
+};
+
+// The blocks of two strips, each word when it is wanted: an activation that was read is multiplied twice, and reading
+// activations is what bounds many rows.
+template <class Format>
+class Beside {
+ public:
+  Beside(const uint8_t* one, const uint8_t* other) : begin_{one, other} {}
+  auto word(int s, int i) const { return Format::word(begin_[s], i); }
+  const uint8_t* from(int s) const { return begin_[s]; }
+
+ private:
+  const uint8_t* const begin_[2];
 };
 
 // bfloat16 weights and activations; products of pairs, summed in float32.
 struct Pairs {
-  static constexpr bool ALONE = true;                              // one row is multiplied faster in a loop of its own
+  static constexpr bool ALONE = true;  // one row is multiplied faster in a loop of its own
+  static constexpr bool BESIDE = HELD;
   static constexpr int64_t INPUTS = 32, WORDS = 16, BYTES = 1024;  // of a block: input channels, words of a row, bytes
   using Sum = Floats;
   using Block = std::conditional_t<HELD, Loaded<Pairs>, InPlace<Pairs>>;  // for several rows
@@ -81,22 +97,24 @@ struct Pairs {
   static Sum first(const Activations&, int64_t) { return all(0.0f); }
 
 #ifdef AXON_PAIRS
-  template <int ROWS>
+  template <int ROWS, int STRIPS = 1>
   static inline void multiply(const auto& block, const Activations& a, int64_t at, Sum* sums) {
     const int32_t* x = a.words + at * WORDS;
-    Floats parts[ROWS][2];
-#pragma GCC unroll 4
-    for (int r = 0; r < ROWS; r++) parts[r][0] = parts[r][1] = all(0.0f);
+    Floats parts[STRIPS * ROWS][2];
 #pragma GCC unroll 8
-    for (int i = 0; i < 16; i += 2) {
+    for (auto& part : parts) part[0] = part[1] = all(0.0f);
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) {
+      const Words one = block.word(0, i), other = block.word(STRIPS - 1, i);
 #pragma GCC unroll 4
       for (int r = 0; r < ROWS; r++) {
-        parts[r][0] = add_pairs(parts[r][0], block[i], all(x[r * WORDS + i]));
-        parts[r][1] = add_pairs(parts[r][1], block[i + 1], all(x[r * WORDS + i + 1]));
+        const Words pair = all(x[r * WORDS + i]);
+        parts[r][i % 2] = add_pairs(parts[r][i % 2], one, pair);
+        if constexpr (STRIPS == 2) parts[ROWS + r][i % 2] = add_pairs(parts[ROWS + r][i % 2], other, pair);
       }
     }
-#pragma GCC unroll 4
-    for (int r = 0; r < ROWS; r++) sums[r] = sums[r] + (parts[r][0] + parts[r][1]);
+#pragma GCC unroll 8
+    for (int r = 0; r < STRIPS * ROWS; r++) sums[r] = sums[r] + (parts[r][0] + parts[r][1]);
   }
 #endif
 
@@ -119,24 +137,28 @@ struct WidePairs : Pairs {
     });
   }
 
-  template <int ROWS>
+  template <int ROWS, int STRIPS = 1>
   static inline void multiply(const auto& block, const Activations& a, int64_t at, Sum* sums) {
     constexpr int LAST = TURNS<ROWS> - 1;
     const float* x = reinterpret_cast<const float*>(a.words) + at * WORDS;
-    Floats parts[ROWS][LAST + 1];
-#pragma GCC unroll 4
-    for (int r = 0; r < ROWS; r++) parts[r][0] = all(0.0f), parts[r][LAST] = all(0.0f);
+    Floats parts[STRIPS * ROWS][LAST + 1];
+#pragma GCC unroll 8
+    for (auto& part : parts) part[0] = all(0.0f), part[LAST] = all(0.0f);
 #pragma GCC unroll WORDS_AT_ONCE
-    for (int i = 0; i < 16; i++) {
-      const Floats one = low_half(block[i]), two = high_half(block[i]);
+    for (int i = 0; i < 16; i++)
+#pragma GCC unroll 2
+      for (int s = 0; s < STRIPS; s++) {
+        const Floats one = low_half(block.word(s, i)), two = high_half(block.word(s, i));
 #pragma GCC unroll 4
-      for (int r = 0; r < ROWS; r++) {
-        parts[r][0] = now(fma(one, all(x[r * WORDS + 2 * i]), parts[r][0]));
-        parts[r][LAST] = now(fma(two, all(x[r * WORDS + 2 * i + 1]), parts[r][LAST]));
+        for (int r = 0; r < ROWS; r++) {
+          auto& part = parts[s * ROWS + r];
+          part[0] = now(fma(one, all(x[r * WORDS + 2 * i]), part[0]));
+          part[LAST] = now(fma(two, all(x[r * WORDS + 2 * i + 1]), part[LAST]));
+        }
       }
-    }
-#pragma GCC unroll 4
-    for (int r = 0; r < ROWS; r++) sums[r] = sums[r] + (LAST == 0 ? parts[r][0] : parts[r][0] + parts[r][LAST]);
+#pragma GCC unroll 8
+    for (int r = 0; r < STRIPS * ROWS; r++)
+      sums[r] = sums[r] + (LAST == 0 ? parts[r][0] : parts[r][0] + parts[r][LAST]);
   }
 };
 
@@ -151,7 +173,7 @@ inline void lay_block(const uint16_t* rows, int64_t stride, int64_t count, int64
 
 // int8 weights; activations rounded with a scale for each row. Sums are exact.
 struct Int8 {
-  static constexpr bool ALONE = true;
+  static constexpr bool ALONE = true, BESIDE = HELD;
   static constexpr int64_t INPUTS = 64, WORDS = 16 * FOUR, BYTES = 1024;
   using Sum = Words;
   using Block = std::conditional_t<HELD, Loaded<Int8>, InPlace<Int8>>;
@@ -184,24 +206,27 @@ struct Int8 {
 
   static Sum first(const Activations& a, int64_t r) { return all(a.start[r]); }
 
-  template <int ROWS>
+  template <int ROWS, int STRIPS = 1>
   static inline void multiply(const auto& block, const Activations& a, int64_t at, Sum* sums) {
     constexpr int LAST = TURNS<ROWS> - 1;
     const int32_t* x = a.words + at * WORDS;
-    Words parts[ROWS][LAST + 1];
-#pragma GCC unroll 4
-    for (int r = 0; r < ROWS; r++) parts[r][0] = all(0), parts[r][LAST] = all(0);
+    Words parts[STRIPS * ROWS][LAST + 1];
 #pragma GCC unroll 8
-    for (int i = 0; i < 16; i += 2) {
-      const Fours one = block[i], two = block[i + 1];
+    for (auto& part : parts) part[0] = all(0), part[LAST] = all(0);
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) {
+      const int turn = i % 2 == 0 ? 0 : LAST;
+      const Fours one = block.word(0, i), other = block.word(STRIPS - 1, i);
 #pragma GCC unroll 4
       for (int r = 0; r < ROWS; r++) {
-        parts[r][0] = add_fours(parts[r][0], one, x + r * WORDS + i * FOUR);
-        parts[r][LAST] = add_fours(parts[r][LAST], two, x + r * WORDS + (i + 1) * FOUR);
+        const int32_t* four = x + r * WORDS + i * FOUR;
+        parts[r][turn] = add_fours(parts[r][turn], one, four);
+        if constexpr (STRIPS == 2) parts[ROWS + r][turn] = add_fours(parts[ROWS + r][turn], other, four);
       }
     }
-#pragma GCC unroll 4
-    for (int r = 0; r < ROWS; r++) sums[r] = sums[r] + (LAST == 0 ? parts[r][0] : parts[r][0] + parts[r][LAST]);
+#pragma GCC unroll 8
+    for (int r = 0; r < STRIPS * ROWS; r++)
+      sums[r] = sums[r] + (LAST == 0 ? parts[r][0] : parts[r][0] + parts[r][LAST]);
   }
 
   static Floats finish(Sum sum, const Activations& a, int64_t r, const float* scale) {
@@ -211,7 +236,7 @@ struct Int8 {
 
 // int4 weights, w = (q − 8) · scale + middle; activations rounded with a scale for each row and group.
 struct Int4 {
-  static constexpr bool ALONE = !HELD;
+  static constexpr bool ALONE = true, BESIDE = HELD;
   static constexpr int64_t INPUTS = 2 * GROUP, WORDS = 16, BYTES = 640;  // two groups, 256 + 64 bytes each
   using Sum = Floats;
 
@@ -251,38 +276,44 @@ struct Int4 {
 
   static Sum first(const Activations&, int64_t) { return all(0.0f); }
 
-  template <int ROWS>
+  template <int ROWS, int STRIPS = 1>
   static inline void multiply(const auto& block, const Activations& a, int64_t at, Sum* sums) {
     const int32_t *x = a.words + at * WORDS, *start = a.start.data() + 2 * at;
     const float *scale = a.scale.data() + 2 * at, *sum = a.sum.data() + 2 * at;
-    constexpr int GROUPS = TURNS<ROWS>;  // taken together
+    constexpr int GROUPS = STRIPS == 1 ? TURNS<ROWS> : 1;  // taken together
 #pragma GCC unroll 2
     for (int first = 0; first < 2; first += GROUPS) {
-      Words products[ROWS][GROUPS];
-#pragma GCC unroll 4
-      for (int r = 0; r < ROWS; r++)
-#pragma GCC unroll 2
-        for (int g = 0; g < GROUPS; g++) products[r][g] = halves_from(start[2 * r + first + g]);
+      Words products[STRIPS * ROWS][GROUPS];
 #pragma GCC unroll 8
-      for (int i = 0; i < 8; i++) {
+      for (int r = 0; r < STRIPS * ROWS; r++)
+#pragma GCC unroll 2
+        for (int g = 0; g < GROUPS; g++) products[r][g] = halves_from(start[2 * (r % ROWS) + first + g]);
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; i++)
 #pragma GCC unroll 4
         for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 2
-          for (int g = 0; g < GROUPS; g++)
-            products[r][g] = add_halves(products[r][g], block[8 * (first + g) + i], x[r * WORDS + 8 * (first + g) + i]);
-      }
-#pragma GCC unroll 4
-      for (int r = 0; r < ROWS; r++) {
-        Floats groups[GROUPS];
+          for (int g = 0; g < GROUPS; g++) {
+            const int word = 8 * (first + g) + i;
+            const int32_t four = x[r * WORDS + word];
+            products[r][g] = add_halves(products[r][g], block.word(0, word), four);
+            if constexpr (STRIPS == 2)
+              products[ROWS + r][g] = add_halves(products[ROWS + r][g], block.word(1, word), four);
+          }
 #pragma GCC unroll 2
-        for (int g = 0; g < GROUPS; g++) {
-          const int one = 2 * r + first + g;
-          const Words factors = words_at(block.begin + (first + g) * (BYTES / 2) + 256);
-          const Floats scaled = converted(gathered(products[r][g], start[one])) * low_half(factors);
-          groups[g] = fma(scaled, all(scale[one]), high_half(factors) * all(sum[one]));
+      for (int g = first; g < first + GROUPS; g++)
+#pragma GCC unroll 2
+        for (int s = 0; s < STRIPS; s++) {
+          const Words factors = words_at(block.from(s) + g * (BYTES / 2) + 256);
+#pragma GCC unroll 4
+          for (int r = 0; r < ROWS; r++) {
+            Sum& here = sums[s * ROWS + r];
+            const int one = 2 * r + g;
+            const Floats scaled =
+                converted(gathered(products[s * ROWS + r][g - first], start[one])) * low_half(factors);
+            here = fma(scaled, all(scale[one]), fma(high_half(factors), all(sum[one]), here));
+          }
         }
-        sums[r] = sums[r] + (GROUPS == 1 ? groups[0] : groups[0] + groups[GROUPS - 1]);
-      }
     }
   }
 

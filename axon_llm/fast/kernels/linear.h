@@ -112,38 +112,53 @@ struct Results {
 // sums of `rows` rows += those from place `at` of a block on, times blocks one after the other. The next block's places
 // are `R` on.
 template <class Format>
-inline void add_blocks(const uint8_t* p, int64_t blocks, const Activations& a, int64_t at, int64_t R, int64_t rows,
+inline void add_blocks(const uint8_t* p, int64_t blocks, const Activations& a, int64_t at, int64_t rows,
                        typename Format::Sum* sums) {
+  const int64_t step = a.rows;
   if (Format::ALONE && rows == 1) {  // the sum and what is multiplied stay in registers
     typename Format::Sum sum = sums[0];
-    for (int64_t b = 0; b < blocks; b++, p += Format::BYTES, at += R) {
+    for (int64_t b = 0; b < blocks; b++, p += Format::BYTES, at += step) {
       if constexpr (AHEAD_ROWS == 1) fetch(p + AHEAD, Format::BYTES);
       Format::template multiply<1>(typename Format::Alone(p), a, at, &sum);
     }
     sums[0] = sum;
   } else
-    for (int64_t b = 0; b < blocks; b++, p += Format::BYTES, at += R) {
+    for (int64_t b = 0; b < blocks; b++, p += Format::BYTES, at += step) {
       const typename Format::Block block(p);
       if (rows >= AHEAD_ROWS) fetch(p + AHEAD, Format::BYTES);
       multiply_rows<Format>(block, a, at, rows, sums);
     }
 }
 
-// x [R, K] times the weights of all strips; threads share the strips. Where rows are many, several strips are
-// multiplied by as much of some rows as stays in the second-level cache.
+// The same for the blocks of two strips, whose sums are `R` apart. `rows` go by fours.
+template <class Format>
+inline void add_blocks_of_two(const uint8_t* one, const uint8_t* other, int64_t blocks, const Activations& a,
+                              int64_t at, int64_t R, int64_t rows, typename Format::Sum* sums) {
+  const int64_t step = a.rows;
+  for (int64_t r = 0; r < rows; r += 4) {
+    typename Format::Sum here[8];  // in registers, whatever the number of blocks
+    std::copy_n(sums + r, 4, here), std::copy_n(sums + R + r, 4, here + 4);
+    for (int64_t b = 0; b < blocks; b++)
+      Format::template multiply<4, 2>(Beside<Format>(one + b * Format::BYTES, other + b * Format::BYTES), a,
+                                      at + b * step + r, here);
+    std::copy_n(here, 4, sums + r), std::copy_n(here + 4, 4, sums + R + r);
+  }
+}
+
+// x [R, K] times the weights of all strips, which threads share: many rows. Several strips are multiplied by as much of
+// some rows as stays in the second-level cache.
 template <class Format, class Weights, class X>
-void multiply(const X* x, const Weights& weights, const float* scales, const Results<X>& y, int64_t R, int64_t K) {
+void multiply_many(const X* x, const Weights& weights, const float* scales, const Results<X>& y, int64_t R, int64_t K) {
   const int64_t blocks = pieces_of(K, Format::INPUTS), count = pieces_of(y.N, LANES);
-  const bool few = R <= TOGETHER;
-  const int64_t strips = few ? 1 : MANY_STRIPS, chunk = few ? blocks : std::min(blocks, MANY_BLOCKS);
-  Activations a(R);
+  const int64_t chunk = std::min(blocks, MANY_BLOCKS);
+  Activations a(R | 1);  // an odd number: the blocks of a row do not all want the same places of a cache
   Format::prepare(x, R, K, blocks, a);
   share(count, least(count, count * blocks * Format::BYTES), [&](Pieces& pieces) {
-    const Memory owned = memory(strips * R * LANES), room = room_for<Weights>(strips * chunk);
-    auto* sums = reinterpret_cast<typename Format::Sum*>(owned.get());  // [strips, R]
+    const Memory owned = memory(MANY_STRIPS * R * LANES), room = room_for<Weights>(MANY_STRIPS * chunk);
+    auto* sums = reinterpret_cast<typename Format::Sum*>(owned.get());  // [MANY_STRIPS, R]
     for (int64_t strip, end; pieces.take(strip, end);)
-      for (; strip < end; strip += strips) {
-        const int64_t together = std::min(strips, end - strip);
+      for (; strip < end; strip += MANY_STRIPS) {
+        const int64_t together = std::min(MANY_STRIPS, end - strip);
         for (int64_t s = 0; s < together; s++)
           for (int64_t r = 0; r < R; r++) sums[s * R + r] = Format::first(a, r);
         for (int64_t b = 0; b < blocks; b += chunk) {
@@ -151,16 +166,45 @@ void multiply(const X* x, const Weights& weights, const float* scales, const Res
           const uint8_t* w[MANY_STRIPS];
           for (int64_t s = 0; s < together; s++)
             w[s] = weights.blocks(strip + s, b, taken, bytes(room) + s * chunk * Weights::MADE);
-          for (int64_t from = 0; from < R; from += TOGETHER)
-            for (int64_t s = 0; s < together; s++)
-              add_blocks<Format>(w[s], taken, a, b * R + from, R, std::min(TOGETHER, R - from), sums + s * R + from);
+          for (int64_t from = 0; from < R; from += TOGETHER) {
+            const int64_t rows = std::min(TOGETHER, R - from), at = b * a.rows + from;
+            for (int64_t s = 0; s < together; s++) {
+              auto* here = sums + s * R + from;
+              int64_t done = 0;
+              if constexpr (Format::BESIDE) {
+                done = s + 1 < together || s % 2 == 1 ? rows / 4 * 4 : 0;
+                if (s % 2 == 0 && done > 0) add_blocks_of_two<Format>(w[s], w[s + 1], taken, a, at, R, done, here);
+              }
+              if (done < rows) add_blocks<Format>(w[s], taken, a, at + done, rows - done, here + done);
+            }
+          }
         }
         for (int64_t r = 0; r < R; r++)
           for (int64_t s = 0; s < together; s++) {
             const int64_t n = (strip + s) * LANES;
-            const float* scale = scales == nullptr ? nullptr : scales + n;
-            y.put(r, n, Format::finish(sums[s * R + r], a, r, scale));
+            y.put(r, n, Format::finish(sums[s * R + r], a, r, scales == nullptr ? nullptr : scales + n));
           }
+      }
+  });
+}
+
+// The same for any number of rows; few are bound by what memory delivers, so each strip is read from front to back.
+template <class Format, class Weights, class X>
+void multiply(const X* x, const Weights& weights, const float* scales, const Results<X>& y, int64_t R, int64_t K) {
+  if (R > TOGETHER) return multiply_many<Format>(x, weights, scales, y, R, K);
+  const int64_t blocks = pieces_of(K, Format::INPUTS), count = pieces_of(y.N, LANES);
+  Activations a(R);
+  Format::prepare(x, R, K, blocks, a);
+  share(count, least(count, count * blocks * Format::BYTES), [&](Pieces& pieces) {
+    const Memory owned = memory(R * LANES), room = room_for<Weights>(blocks);
+    auto* sums = reinterpret_cast<typename Format::Sum*>(owned.get());  // [R]
+    for (int64_t strip, end; pieces.take(strip, end);)
+      for (; strip < end; strip++) {
+        for (int64_t r = 0; r < R; r++) sums[r] = Format::first(a, r);
+        add_blocks<Format>(weights.blocks(strip, 0, blocks, bytes(room)), blocks, a, 0, R, sums);
+        const int64_t n = strip * LANES;
+        for (int64_t r = 0; r < R; r++)
+          y.put(r, n, Format::finish(sums[r], a, r, scales == nullptr ? nullptr : scales + n));
       }
   });
 }
