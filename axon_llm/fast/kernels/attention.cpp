@@ -55,45 +55,171 @@ inline void put_weights(const WidePairs&, int32_t* words, int64_t rows, int64_t 
   put(reinterpret_cast<float*>(block) + s % Pairs::INPUTS, p);
 }
 
-// By the vector unit: sums [strips, rows] += the rows of `a` times strips, one after the other. What is needed `next`
-// has as many bytes as the strips.
-template <class Format>
-struct Vectors : Format {
-  static constexpr bool TAKES_KEYS_AS_THEY_LIE = false;
+// The processor fetches some bytes into its first-level cache in the meantime: they are needed soon, and once.
+inline void fetch_near(const uint8_t* from, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(from) + i, _MM_HINT_NTA);
+}
 
+// A block of keys as multiply() wants it: 32 channels of 16 positions, turned in registers.
+class Turned {
+ public:
+  Turned(const uint16_t* k, int64_t stride) {
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < 16; i++) words_[i] = words_at(k + i * stride);
+    turn(words_);
+  }
+  Words word(int, int i) const { return words_[i]; }
+  const Turned& again() const { return *this; }
+
+ private:
+  Words words_[16];
+};
+
+// The blocks of two strips of values: 32 positions of 32 channels, paired up when they are wanted, in order. With each
+// pair some of what lies `ahead` is fetched: evenly, for the processor can only wait for so much at a time.
+class PairedUp {
+ public:
+  PairedUp(const uint16_t* v, int64_t stride, const uint8_t* ahead) : next_(v), ahead_(ahead), stride_(stride) {}
+  Words word(int s, int) const {
+    if (s == 1) return high_;
+    const Words even = words_at(next_), odd = words_at(next_ + stride_);
+    Words low;
+    next_ += 2 * stride_;
+    fetch_near(ahead_, 128);
+    ahead_ += 128;
+    asm volatile("" : "+r"(next_), "+r"(ahead_));  // or GCC computes all addresses beforehand, and has no registers
+    pair_up(now(even), now(odd), low, high_);
+    return low;
+  }
+
+ private:
+  mutable const uint16_t* next_;
+  mutable const uint8_t* ahead_;
+  const int64_t stride_;
+  mutable Words high_;
+};
+
+// A piece of a cache's keys, or of its values: [count, D], `stride` apart. What is needed `next` has as many.
+struct Piece {
+  const uint16_t *from, *next;
+  int64_t stride, count, D;
+
+  bool whole() const { return count == PIECE && D % Pairs::INPUTS == 0; }
+};
+
+// The products of attention by the vector unit: those of a task's queries `a` with keys, and of scores' weights with
+// values. Few rows take keys and values as they lie in the cache; for more they are laid in strips first, in `room`.
+template <class Format>
+class ByVectors : public Format {
+ public:
+  static constexpr int64_t FEW = HELD ? 8 : 0;  // rows
+  using Kind = Format;
   static int64_t places(int64_t R) { return R; }
 
-  static void add_product(const Activations& a, int64_t blocks, int64_t count, const uint8_t* strips, Floats* sums,
-                          const uint16_t* next) {
-    const auto* ahead = reinterpret_cast<const uint8_t*>(next);
-    for (int64_t strip = 0; strip < count; strip++, sums += a.rows)
-      for (int64_t b = 0; b < blocks; b++, strips += Format::BYTES, ahead += Format::BYTES) {
-        fetch(ahead, Format::BYTES);
-        const typename Format::Block block(strips);
-        multiply_rows<Format>(block, a, b * a.rows, a.rows, sums);
-      }
+  ByVectors(const Activations& a, int64_t, uint8_t* room) : a_(a), room_(room) {}
+
+  // scores [PIECE / 16, rows] of a piece.
+  void score(const Piece& k, Floats* scores) const {
+    const int64_t blocks = pieces_of(k.D, Format::INPUTS), rows = a_.rows;
+    std::fill(scores, scores + PIECE / 16 * rows, all(0.0f));
+    if (rows <= FEW && k.whole())
+      for (int64_t s = 0; s < PIECE; s += 16, scores += rows)
+        for (int64_t b = 0; b < blocks; b++) {
+          fetch_near(reinterpret_cast<const uint8_t*>(k.next) + (s / 16 * blocks + b) * 1024, 1024);
+          multiply_rows<Format>(Turned(k.from + s * k.stride + b * Format::INPUTS, k.stride), a_, b * rows, rows,
+                                scores);
+        }
+    else {
+      lay_keys(k.from, k.stride, k.count, k.D, room_);
+      add_strips(a_, blocks, PIECE / 16, scores, k.next);
+    }
   }
+
+  // sums [strips, rows] += the scores' weights times a piece.
+  void add(const Activations& weights, const Piece& v, Floats* sums) const {
+    constexpr int64_t blocks = PIECE / Format::INPUTS;
+    const int64_t rows = a_.rows;
+    if (rows <= FEW && v.whole())
+      for (int64_t d = 0; d < v.D; d += 32, sums += 2 * rows) {
+        const auto both = [&](int64_t b) {
+          const auto* ahead = reinterpret_cast<const uint8_t*>(v.next) + (d / 32 * blocks + b) * 2048;
+          return PairedUp(v.from + b * Format::INPUTS * v.stride + d, v.stride, ahead);
+        };
+        multiply_rows_by_two<Format>(both, blocks, weights, 0, rows, sums, rows);
+      }
+    else {
+      lay_values(v.from, v.stride, v.count, v.D, room_);
+      add_strips(weights, blocks, round_up(v.D, 32) / 16, sums, v.next);
+    }
+  }
+
+ private:
+  // sums [count, rows] += rows times an even number of strips, one after the other in `room`.
+  void add_strips(const Activations& a, int64_t blocks, int64_t count, Floats* sums, const uint16_t* next) const {
+    const int64_t length = blocks * Format::BYTES;
+    const auto* ahead = reinterpret_cast<const uint8_t*>(next);
+    const uint8_t* p = room_;
+    for (int64_t strip = 0; strip < count; strip += 2, p += 2 * length, ahead += 2 * length, sums += 2 * a.rows) {
+      fetch(ahead, 2 * length);
+      if constexpr (Format::BESIDE) {
+        const auto both = [&](int64_t b) {
+          return Beside<Format>(p + b * Format::BYTES, p + length + b * Format::BYTES);
+        };
+        multiply_rows_by_two<Format>(both, blocks, a, 0, a.rows, sums, a.rows);
+      } else
+        for (int64_t s = 0; s < 2; s++)
+          for (int64_t b = 0; b < blocks; b++)
+            multiply_rows<Format>(typename Format::Block(p + s * length + b * Format::BYTES), a, b * a.rows, a.rows,
+                                  sums + s * a.rows);
+    }
+  }
+
+  const Activations& a_;
+  uint8_t* const room_;
 };
 
 #ifdef AXON_TILES
 // The same by the matrix unit.
-struct InTiles : TilePairs {
-  static constexpr bool TAKES_KEYS_AS_THEY_LIE = true;
+class ByTiles : public TilePairs {
+ public:
+  using Kind = Pairs;
+  static int64_t places(int64_t R) { return round_up(R, TILE); }
 
-  // Scores of up to 16 rows with keys as they lie in the cache: a tile of 16 keys times `turned` rows are the scores'
+  ByTiles(const Activations& a, int64_t D, uint8_t* room) : a_(a), room_(room) {
+    if (a.rows != TILE || D % INPUTS != 0) return;
+    turned_ = memory(D / INPUTS * TILE * TILE);
+    for (int64_t b = 0; b < D / INPUTS; b++)
+      lay_turned(turned_.get() + b * TILE * TILE, TILE,
+                 [&](int64_t r) { return words_at(a.words + (b * TILE + r) * TILE); });
+  }
+
+  void score(const Piece& k, Floats* scores) const {
+    const int64_t blocks = pieces_of(k.D, INPUTS);
+    if (turned_ != nullptr && k.whole()) return score_few(k, blocks, scores);
+    lay_keys(k.from, k.stride, k.count, k.D, room_);
+    std::fill(scores, scores + PIECE / 16 * a_.rows, all(0.0f));
+    add_strips(a_, blocks, PIECE / 16, scores, k.next);
+  }
+
+  void add(const Activations& weights, const Piece& v, Floats* sums) const {
+    lay_values(v.from, v.stride, v.count, v.D, room_);
+    add_strips(weights, PIECE / INPUTS, round_up(v.D, 32) / 16, sums, v.next);
+  }
+
+ private:
+  // Up to 16 rows with keys as they lie in the cache: a tile of 16 keys times the turned queries are the scores'
   // columns, which are turned back. For so few rows that is less work than laying keys in strips. The products and the
   // order of their sums are the same.
-  static void few_scores(const int32_t* turned, int64_t blocks, const uint16_t* k, int64_t stride, Floats* scores,
-                         const uint16_t* next) {
+  void score_few(const Piece& k, int64_t blocks, Floats* scores) const {
     alignas(64) Words columns[TILE];
-    const auto* ahead = reinterpret_cast<const uint8_t*>(next);
+    const auto* ahead = reinterpret_cast<const uint8_t*>(k.next);
     for (int64_t s = 0; s < PIECE; s += TILE, scores += TILE, ahead += blocks * BYTES) {
       fetch(ahead, blocks * BYTES);
       written();
       _tile_zero(0);
       for (int64_t b = 0; b < blocks; b++) {
-        _tile_loadd(4, k + s * stride + b * INPUTS, stride * 2);
-        _tile_loadd(6, turned + b * TILE * WORDS, 64);
+        _tile_loadd(4, k.from + s * k.stride + b * INPUTS, k.stride * 2);
+        _tile_loadd(6, turned_.get() + b * TILE * WORDS, 64);
         multiply_tiles<1, 1>();
       }
       _tile_stored(0, columns, 64);
@@ -103,19 +229,21 @@ struct InTiles : TilePairs {
     }
   }
 
-  static int64_t places(int64_t R) { return round_up(R, TILE); }
-
-  static void add_product(const Activations& a, int64_t blocks, int64_t count, const uint8_t* strips, Floats* sums,
-                          const uint16_t* next) {
+  void add_strips(const Activations& a, int64_t blocks, int64_t count, Floats* sums, const uint16_t* next) const {
     const auto* ahead = reinterpret_cast<const uint8_t*>(next);
-    for (int64_t strip = 0; strip < count; strip += 2, strips += 2 * blocks * BYTES, sums += 2 * a.rows) {
+    const uint8_t* p = room_;
+    for (int64_t strip = 0; strip < count; strip += 2, p += 2 * blocks * BYTES, sums += 2 * a.rows) {
       fetch(ahead, 2 * blocks * BYTES);
       ahead += 2 * blocks * BYTES;
-      const uint8_t* both[2] = {strips, strips + blocks * BYTES};
-      tile_products<InTiles>(a.words, a.rows * WORDS * 4, a.rows, both, 2, blocks, reinterpret_cast<int32_t*>(sums),
-                             a.rows * LANES, true);
+      const uint8_t* both[2] = {p, p + blocks * BYTES};
+      tile_products<TilePairs>(a.words, a.rows * WORDS * 4, a.rows, both, 2, blocks, reinterpret_cast<int32_t*>(sums),
+                               a.rows * LANES, true);
     }
   }
+
+  const Activations& a_;
+  uint8_t* const room_;
+  Memory turned_{nullptr, &std::free};
 };
 #endif
 
@@ -145,27 +273,20 @@ void attend_rows(const Shape& z, const uint16_t* const* queries, int64_t begin, 
                  const Heads& then, int64_t k_stride, int64_t v_stride, const uint8_t* mask, uint16_t* const* out) {
   const int64_t R = end - begin, rows = Format::places(R), key_blocks = pieces_of(z.D, Format::INPUTS);
   const int64_t value_strips = round_up(z.D, 32) / 16;
-  // one after the other, in registers' worth: keys, values, scores, sums
-  const int64_t key_size = PIECE * key_blocks, value_size = PIECE / 2 * value_strips, score_size = PIECE / 16 * rows;
-  const Memory owned = memory(16 * (key_size + value_size + score_size + value_strips * rows));
+  // one after the other, in registers' worth: strips, scores, sums
+  const int64_t room_size = std::max(PIECE * key_blocks, PIECE / 2 * value_strips), score_size = PIECE / 16 * rows;
+  const Memory owned = memory(16 * (room_size + score_size + value_strips * rows));
   auto* registers = reinterpret_cast<Floats*>(owned.get());
-  auto* keys = reinterpret_cast<uint8_t*>(registers);
-  auto* values = reinterpret_cast<uint8_t*>(registers + key_size);
-  Floats *scores = registers + key_size + value_size, *sums = scores + score_size;
+  Floats *scores = registers + room_size, *sums = scores + score_size;
   std::fill(sums, sums + value_strips * rows, all(0.0f));
 
   Activations a(rows), weights(rows);
   std::vector<uint16_t> looking(R * z.D);
   for (int64_t r = 0; r < R; r++) std::memcpy(looking.data() + r * z.D, queries[begin + r], z.D * 2);
   Format::prepare(looking.data(), R, z.D, key_blocks, a);
-  constexpr int64_t blocks = PIECE / Format::INPUTS;
-  int32_t* words = weights.allocate(blocks * rows * Format::WORDS);
-
-  const bool as_they_lie = Format::TAKES_KEYS_AS_THEY_LIE && rows == TILE && z.D % Format::INPUTS == 0;
-  const Memory turned = memory(as_they_lie ? key_blocks * TILE * TILE : 16);
-  for (int64_t b = 0; as_they_lie && b < key_blocks; b++)
-    lay_turned(turned.get() + b * TILE * TILE, TILE,
-               [&](int64_t r) { return words_at(a.words + (b * rows + r) * TILE); });
+  int32_t* words = weights.allocate(PIECE / Format::INPUTS * rows * Format::WORDS);
+  const typename Format::Kind kind;
+  const Format products(a, z.D, reinterpret_cast<uint8_t*>(registers));
 
   float most[ROWS], total[ROWS];
   std::fill(most, most + R, -std::numeric_limits<float>::infinity());
@@ -174,52 +295,38 @@ void attend_rows(const Shape& z, const uint16_t* const* queries, int64_t begin, 
   const Floats nothing = all(-std::numeric_limits<float>::infinity());
 
   const std::vector<int64_t> pieces = visible_pieces(z, begin, end, mask);
-  for (size_t piece = 0; piece < pieces.size(); piece++) {
-    const int64_t s = pieces[piece], count = std::min(PIECE, z.S - s);
-    const bool more = piece + 1 < pieces.size();
-    const Heads& next = more ? here : then;
-    const int64_t at = more ? pieces[piece + 1] : pieces.front();
-    const uint16_t *k = here.k + s * k_stride, *v = here.v + s * v_stride, *k_next = next.k + at * k_stride;
-    bool scored = false;
-    if constexpr (Format::TAKES_KEYS_AS_THEY_LIE)
-      if (as_they_lie && count == PIECE) {
-        Format::few_scores(turned.get(), key_blocks, k, k_stride, scores, k_next);
-        scored = true;
-      }
-    if (!scored) {
-      lay_keys(k, k_stride, count, z.D, keys);
-      std::fill(scores, scores + score_size, all(0.0f));
-      Format::add_product(a, key_blocks, PIECE / 16, keys, scores, k_next);
-    }
-    lay_values(v, v_stride, count, z.D, values);
+  for (size_t i = 0; i < pieces.size(); i++) {
+    const bool more = i + 1 < pieces.size();
+    const Heads& then_here = more ? here : then;
+    const int64_t s = pieces[i], next = more ? pieces[i + 1] : pieces[0], count = std::min(PIECE, z.S - s);
+    products.score({here.k + s * k_stride, then_here.k + next * k_stride, k_stride, count, z.D}, scores);
     for (int64_t r = 0; r < R; r++) {
-      const uint8_t* row_mask = mask + (begin + r) / z.G * z.S + s;
-      const uint64_t seen = set_at(row_mask, count);
+      const uint64_t seen = set_at(mask + (begin + r) / z.G * z.S + s, count);
       if (seen == 0 && total[r] == 0.0f) {  // nothing yet: no largest score to compare with
-        for (int64_t i = 0; i < PIECE; i += 16) put_weights(Format(), words, rows, r, i, all(0.0f));
+        for (int64_t l = 0; l < PIECE; l += 16) put_weights(kind, words, rows, r, l, all(0.0f));
         continue;
       }
       Floats x[4], most_here = nothing;
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; i++) {
-        x[i] = choose(static_cast<uint16_t>(seen >> (16 * i)), scores[i * rows + r] * scale, nothing);
-        most_here = larger(most_here, x[i]);
+      for (int l = 0; l < 4; l++) {
+        x[l] = choose(static_cast<uint16_t>(seen >> (16 * l)), scores[l * rows + r] * scale, nothing);
+        most_here = larger(most_here, x[l]);
       }
       const float before = most[r], now = std::max(before, largest(most_here));
       const float shrink = before == now ? 1.0f : std::exp(before - now);
       Floats weight = all(0.0f);
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; i++) {
-        const Floats p = choose(static_cast<uint16_t>(seen >> (16 * i)), exponential(x[i] - all(now)), all(0.0f));
+      for (int l = 0; l < 4; l++) {
+        const Floats p = choose(static_cast<uint16_t>(seen >> (16 * l)), exponential(x[l] - all(now)), all(0.0f));
         weight = weight + p;
-        put_weights(Format(), words, rows, r, 16 * i, p);
+        put_weights(kind, words, rows, r, 16 * l, p);
       }
       most[r] = now;
       total[r] = total[r] * shrink + sum(weight);
       if (shrink != 1.0f)
-        for (int64_t i = 0; i < value_strips; i++) sums[i * rows + r] = sums[i * rows + r] * all(shrink);
+        for (int64_t d = 0; d < value_strips; d++) sums[d * rows + r] = sums[d * rows + r] * all(shrink);
     }
-    Format::add_product(weights, blocks, value_strips, values, sums, next.v + at * v_stride);
+    products.add(weights, {here.v + s * v_stride, then_here.v + next * v_stride, v_stride, count, z.D}, sums);
   }
   for (int64_t r = 0; r < R; r++)
     for (int64_t i = 0; i < value_strips; i++) {
@@ -272,12 +379,12 @@ Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& m
 
 Tensor bf16_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& mask, int64_t products) {
 #ifdef AXON_TILES
-  if (products == TILES && tiles_allowed()) return attend<InTiles, Tiles>(q, k, v, mask);
+  if (products == TILES && tiles_allowed()) return attend<ByTiles, Tiles>(q, k, v, mask);
 #endif
 #ifdef AXON_PAIRS
-  if (products != WIDE) return attend<Vectors<Pairs>>(q, k, v, mask);
+  if (products != WIDE) return attend<ByVectors<Pairs>>(q, k, v, mask);
 #endif
-  return attend<Vectors<WidePairs>>(q, k, v, mask);
+  return attend<ByVectors<WidePairs>>(q, k, v, mask);
 }
 
 }  // namespace

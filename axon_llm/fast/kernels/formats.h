@@ -99,6 +99,7 @@ struct Pairs {
 #ifdef AXON_PAIRS
   template <int ROWS, int STRIPS = 1>
   static inline void multiply(const auto& block, const Activations& a, int64_t at, Sum* sums) {
+    constexpr bool ONCE = ROWS * STRIPS == 1;
     const int32_t* x = a.words + at * WORDS;
     Floats parts[STRIPS * ROWS][2];
 #pragma GCC unroll 8
@@ -108,9 +109,9 @@ struct Pairs {
       const Words one = block.word(0, i), other = block.word(STRIPS - 1, i);
 #pragma GCC unroll 4
       for (int r = 0; r < ROWS; r++) {
-        const Words pair = all(x[r * WORDS + i]);
-        parts[r][i % 2] = add_pairs(parts[r][i % 2], one, pair);
-        if constexpr (STRIPS == 2) parts[ROWS + r][i % 2] = add_pairs(parts[ROWS + r][i % 2], other, pair);
+        const int32_t* pair = x + r * WORDS + i;
+        parts[r][i % 2] = add_pairs<ONCE>(parts[r][i % 2], one, pair);
+        if constexpr (STRIPS == 2) parts[ROWS + r][i % 2] = add_pairs<ONCE>(parts[ROWS + r][i % 2], other, pair);
       }
     }
 #pragma GCC unroll 8
@@ -148,7 +149,8 @@ struct WidePairs : Pairs {
     for (int i = 0; i < 16; i++)
 #pragma GCC unroll 2
       for (int s = 0; s < STRIPS; s++) {
-        const Floats one = low_half(block.word(s, i)), two = high_half(block.word(s, i));
+        const Words both = block.word(s, i);
+        const Floats one = low_half(both), two = high_half(both);
 #pragma GCC unroll 4
         for (int r = 0; r < ROWS; r++) {
           auto& part = parts[s * ROWS + r];
@@ -208,6 +210,7 @@ struct Int8 {
 
   template <int ROWS, int STRIPS = 1>
   static inline void multiply(const auto& block, const Activations& a, int64_t at, Sum* sums) {
+    constexpr bool ONCE = ROWS * STRIPS == 1;
     constexpr int LAST = TURNS<ROWS> - 1;
     const int32_t* x = a.words + at * WORDS;
     Words parts[STRIPS * ROWS][LAST + 1];
@@ -220,8 +223,8 @@ struct Int8 {
 #pragma GCC unroll 4
       for (int r = 0; r < ROWS; r++) {
         const int32_t* four = x + r * WORDS + i * FOUR;
-        parts[r][turn] = add_fours(parts[r][turn], one, four);
-        if constexpr (STRIPS == 2) parts[ROWS + r][turn] = add_fours(parts[ROWS + r][turn], other, four);
+        parts[r][turn] = add_fours<ONCE>(parts[r][turn], one, four);
+        if constexpr (STRIPS == 2) parts[ROWS + r][turn] = add_fours<ONCE>(parts[ROWS + r][turn], other, four);
       }
     }
 #pragma GCC unroll 8
@@ -280,6 +283,7 @@ struct Int4 {
   static inline void multiply(const auto& block, const Activations& a, int64_t at, Sum* sums) {
     const int32_t *x = a.words + at * WORDS, *start = a.start.data() + 2 * at;
     const float *scale = a.scale.data() + 2 * at, *sum = a.sum.data() + 2 * at;
+    constexpr bool ONCE = ROWS * STRIPS == 1;
     constexpr int GROUPS = STRIPS == 1 ? TURNS<ROWS> : 1;  // taken together
 #pragma GCC unroll 2
     for (int first = 0; first < 2; first += GROUPS) {
@@ -295,10 +299,10 @@ struct Int4 {
 #pragma GCC unroll 2
           for (int g = 0; g < GROUPS; g++) {
             const int word = 8 * (first + g) + i;
-            const int32_t four = x[r * WORDS + word];
-            products[r][g] = add_halves(products[r][g], block.word(0, word), four);
+            const int32_t* four = x + r * WORDS + word;
+            products[r][g] = add_halves<ONCE>(products[r][g], block.word(0, word), four);
             if constexpr (STRIPS == 2)
-              products[ROWS + r][g] = add_halves(products[ROWS + r][g], block.word(1, word), four);
+              products[ROWS + r][g] = add_halves<ONCE>(products[ROWS + r][g], block.word(1, word), four);
           }
 #pragma GCC unroll 2
       for (int g = first; g < first + GROUPS; g++)
@@ -320,14 +324,37 @@ struct Int4 {
   static Floats finish(Sum sum, const Activations&, int64_t, const float*) { return sum; }
 };
 
-// sums += `rows` rows of a block of activations, from place `at` on, times a block of weights.
+// sums += `rows` rows of a block of activations, from place `at` on, times a block of weights. Where it is a call of
+// its own the block goes through memory, and integer products are a third slower.
 template <class Format>
-inline void multiply_rows(const typename Format::Block& block, const Activations& a, int64_t at, int64_t rows,
-                          typename Format::Sum* sums) {
+[[gnu::always_inline]] inline void multiply_rows(const auto& block, const Activations& a, int64_t at, int64_t rows,
+                                                 typename Format::Sum* sums) {
   int64_t r = 0;
   for (; r + 4 <= rows; r += 4) Format::template multiply<4>(block.again(), a, at + r, sums + r);
   for (; r + 2 <= rows; r += 2) Format::template multiply<2>(block.again(), a, at + r, sums + r);
   for (; r < rows; r++) Format::template multiply<1>(block.again(), a, at + r, sums + r);
+}
+
+// Two strips' sums of ROWS rows, those of the second `apart` from the first's, += the rows from place `at` on times
+// `count` blocks of both strips: blocks(0), blocks(1), …
+template <class Format, int ROWS>
+inline void multiply_by_two(const auto& blocks, int64_t count, const Activations& a, int64_t at,
+                            typename Format::Sum* sums, int64_t apart) {
+  const int64_t step = a.rows;
+  typename Format::Sum here[2 * ROWS];  // in registers, whatever the number of blocks
+  std::copy_n(sums, ROWS, here), std::copy_n(sums + apart, ROWS, here + ROWS);
+  for (int64_t b = 0; b < count; b++) Format::template multiply<ROWS, 2>(blocks(b), a, at + b * step, here);
+  std::copy_n(here, ROWS, sums), std::copy_n(here + ROWS, ROWS, sums + apart);
+}
+
+// The same for any number of rows.
+template <class Format>
+inline void multiply_rows_by_two(const auto& blocks, int64_t count, const Activations& a, int64_t at, int64_t rows,
+                                 typename Format::Sum* sums, int64_t apart) {
+  int64_t r = 0;
+  for (; r + 4 <= rows; r += 4) multiply_by_two<Format, 4>(blocks, count, a, at + r, sums + r, apart);
+  for (; r + 2 <= rows; r += 2) multiply_by_two<Format, 2>(blocks, count, a, at + r, sums + r, apart);
+  for (; r < rows; r++) multiply_by_two<Format, 1>(blocks, count, a, at + r, sums + r, apart);
 }
 
 }  // namespace

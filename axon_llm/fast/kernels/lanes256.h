@@ -244,6 +244,7 @@ struct Fours {
 inline Fours fours(Words w) {
   return {w & all(0x00ff00ff), {_mm256_srli_epi16(w.low, 8), _mm256_srli_epi16(w.high, 8)}};
 }
+template <bool>
 inline Words add_fours(Words sums, const Fours& w, const int32_t* x) {
   const __m256i one = _mm256_set1_epi32(x[0]), two = _mm256_set1_epi32(x[1]);
   sums = now(sums + Words{_mm256_madd_epi16(w.even.low, one), _mm256_madd_epi16(w.even.high, one)});
@@ -257,8 +258,9 @@ inline void put_fours(int32_t* words, int64_t k, Words x) {
 // The same for half bytes 0 … 15, of which up to 32 for each channel are summed before they are `gathered`: in shorts,
 // where 8 * 2 * 15 * 127 still fits. What the sum begins with may not.
 inline Words halves_from(int32_t) { return all(0); }
-inline Words add_halves(Words sums, Words w, int32_t x) {
-  const __m256i four = _mm256_set1_epi32(x);
+template <bool>
+inline Words add_halves(Words sums, Words w, const int32_t* x) {
+  const __m256i four = _mm256_set1_epi32(*x);
   return now(Words{_mm256_add_epi16(sums.low, _mm256_maddubs_epi16(w.low, four)),
                    _mm256_add_epi16(sums.high, _mm256_maddubs_epi16(w.high, four))});
 }

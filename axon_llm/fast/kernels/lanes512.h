@@ -55,9 +55,15 @@ inline Words where_no_number(Floats x, Words then, Words other) {
   return {_mm512_mask_mov_epi32(other.v, _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q), then.v)};
 }
 
-// What is computed here and now: see lanes256.h.
-inline Floats now(Floats x) { return x; }
-inline Words now(Words x) { return x; }
+// What is computed here and now, and kept in a register: see lanes256.h.
+inline Floats now(Floats x) {
+  asm("" : "+v"(x.v));
+  return x;
+}
+inline Words now(Words x) {
+  asm("" : "+v"(x.v));
+  return x;
+}
 
 // From memory and to it, wherever it begins.
 inline Floats floats_at(const void* p) { return {_mm512_loadu_ps(p)}; }
@@ -98,7 +104,7 @@ inline void pair_up(Words even, Words odd, Words& low, Words& high) {
 inline void turn(Words* words) {
   __m512i r[16], t[16];
 #pragma GCC unroll 16
-  for (int i = 0; i < 16; i++) r[i] = words[i].v;
+  for (int i = 0; i < 16; i++) r[i] = now(words[i]).v;  // or GCC 12 keeps some in memory for a while
 #pragma GCC unroll 8
   for (int i = 0; i < 16; i += 2) {
     t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
@@ -127,9 +133,16 @@ inline void turn(Words* words) {
 
 #ifdef __AVX512BF16__
 #define AXON_PAIRS
-// sums + products of pairs of bfloat16.
+// sums + products of pairs of bfloat16, or of pairs and the one that `x` points to. What is wanted `ONCE` the
+// instruction reads itself: the fewer instructions there are, the more reads of weights are under way.
 inline Floats add_pairs(Floats sums, Words w, Words x) {
   return {_mm512_dpbf16_ps(sums.v, (__m512bh)w.v, (__m512bh)x.v)};
+}
+template <bool ONCE>
+inline Floats add_pairs(Floats sums, Words w, const int32_t* x) {
+  if constexpr (!ONCE) return add_pairs(sums, w, all(*x));
+  asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(sums.v) : "v"(w.v), "m"(*x));
+  return sums;
 }
 #endif
 
@@ -137,15 +150,19 @@ inline Floats add_pairs(Floats sums, Words w, Words x) {
 constexpr int64_t FOUR = 1;  // words that four signed bytes take
 using Fours = Words;
 inline Fours fours(Words w) { return w; }
+template <bool ONCE>
 inline Words add_fours(Words sums, Fours w, const int32_t* x) {
-  return {_mm512_dpbusd_epi32(sums.v, w.v, _mm512_set1_epi32(*x))};
+  if constexpr (!ONCE) return {_mm512_dpbusd_epi32(sums.v, w.v, _mm512_set1_epi32(*x))};
+  asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sums.v) : "v"(w.v), "m"(*x));
+  return sums;
 }
 inline void put_fours(int32_t* words, int64_t k, Words x) { put_bytes(reinterpret_cast<int8_t*>(words) + k, x); }
 
 // The same for half bytes 0 … 15, of which up to 32 for each channel are summed before they are `gathered`.
 inline Words halves_from(int32_t start) { return all(start); }
-inline Words add_halves(Words sums, Words w, int32_t x) {
-  return {_mm512_dpbusd_epi32(sums.v, w.v, _mm512_set1_epi32(x))};
+template <bool ONCE>
+inline Words add_halves(Words sums, Words w, const int32_t* x) {
+  return add_fours<ONCE>(sums, w, x);
 }
 inline Words gathered(Words sums, int32_t) { return sums; }
 

@@ -130,21 +130,6 @@ inline void add_blocks(const uint8_t* p, int64_t blocks, const Activations& a, i
     }
 }
 
-// The same for the blocks of two strips, whose sums are `R` apart. `rows` go by fours.
-template <class Format>
-inline void add_blocks_of_two(const uint8_t* one, const uint8_t* other, int64_t blocks, const Activations& a,
-                              int64_t at, int64_t R, int64_t rows, typename Format::Sum* sums) {
-  const int64_t step = a.rows;
-  for (int64_t r = 0; r < rows; r += 4) {
-    typename Format::Sum here[8];  // in registers, whatever the number of blocks
-    std::copy_n(sums + r, 4, here), std::copy_n(sums + R + r, 4, here + 4);
-    for (int64_t b = 0; b < blocks; b++)
-      Format::template multiply<4, 2>(Beside<Format>(one + b * Format::BYTES, other + b * Format::BYTES), a,
-                                      at + b * step + r, here);
-    std::copy_n(here, 4, sums + r), std::copy_n(here + 4, 4, sums + R + r);
-  }
-}
-
 // x [R, K] times the weights of all strips, which threads share: many rows. Several strips are multiplied by as much of
 // some rows as stays in the second-level cache.
 template <class Format, class Weights, class X>
@@ -168,15 +153,15 @@ void multiply_many(const X* x, const Weights& weights, const float* scales, cons
             w[s] = weights.blocks(strip + s, b, taken, bytes(room) + s * chunk * Weights::MADE);
           for (int64_t from = 0; from < R; from += TOGETHER) {
             const int64_t rows = std::min(TOGETHER, R - from), at = b * a.rows + from;
-            for (int64_t s = 0; s < together; s++) {
-              auto* here = sums + s * R + from;
-              int64_t done = 0;
-              if constexpr (Format::BESIDE) {
-                done = s + 1 < together || s % 2 == 1 ? rows / 4 * 4 : 0;
-                if (s % 2 == 0 && done > 0) add_blocks_of_two<Format>(w[s], w[s + 1], taken, a, at, R, done, here);
+            int64_t s = 0;
+            if constexpr (Format::BESIDE)
+              for (; s + 2 <= together; s += 2) {
+                const auto both = [&](int64_t i) {
+                  return Beside<Format>(w[s] + i * Format::BYTES, w[s + 1] + i * Format::BYTES);
+                };
+                multiply_rows_by_two<Format>(both, taken, a, at, rows, sums + s * R + from, R);
               }
-              if (done < rows) add_blocks<Format>(w[s], taken, a, at + done, rows - done, here + done);
-            }
+            for (; s < together; s++) add_blocks<Format>(w[s], taken, a, at, rows, sums + s * R + from);
           }
         }
         for (int64_t r = 0; r < R; r++)
