@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from axon_llm.errors import AxonError, UsageError
+from axon_llm.fast.memory import made_to_stay
 
 from . import options
 
@@ -49,14 +50,15 @@ def command(
             "--no-cache recomputes everything: --compile, --speculate and --max-seq-len have no place in it"
         )
     text = read_prompt(prompt)
-    from axon_llm.engine.engine import Engine
-    from axon_llm.engine.speculate import DEFAULT_GUESSES
-    from axon_llm.engine.uncached import generate_uncached
-
-    from .loading import cache_length, load, sampling
-
     once = max_tokens <= SHORT and not (compile or speculate)
-    loaded, tokenizer = load(model, device=device, dtype=dtype, quantize=quantize, once=once)
+    with made_to_stay():
+        from axon_llm.engine.engine import Engine
+        from axon_llm.engine.speculate import DEFAULT_GUESSES
+        from axon_llm.engine.uncached import generate_uncached
+
+        from .loading import cache_length, load, sampling
+
+        loaded, tokenizer = load(model, device=device, dtype=dtype, quantize=quantize, once=once)
     params = sampling(
         tokenizer,
         max_tokens=max_tokens,

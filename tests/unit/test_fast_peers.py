@@ -115,6 +115,15 @@ def test_a_setting_of_the_user_is_left_alone() -> None:
     assert done.stdout.strip() == "False"
 
 
+@pytest.mark.parametrize(("before", "left_alone"), [("", True), ("import torch;", False)])
+def test_garbage_is_not_looked_for_while_torch_is_imported_and_is_afterwards(before: str, left_alone: bool) -> None:
+    code = f"{before}import gc\nfrom axon_llm.fast.memory import made_to_stay\n"
+    code += "with made_to_stay():\n import torch; within = gc.isenabled()\n"
+    code += "print(within, gc.isenabled(), gc.get_freeze_count() > 100_000)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(not left_alone), "True", str(left_alone)]
+
+
 GPT_FAST = """
 from dataclasses import dataclass
 import torch
