@@ -138,11 +138,11 @@ void multiply_many(const X* x, const Weights& weights, const float* scales, cons
   const int64_t chunk = std::min(blocks, MANY_BLOCKS);
   Activations a(R | 1);  // an odd number: the blocks of a row do not all want the same places of a cache
   Format::prepare(x, R, K, blocks, a);
-  share(count, least(count, count * blocks * Format::BYTES), [&](Pieces& pieces) {
+  share(pieces_of(count, 2), 1, [&](Pieces& pieces) {  // two strips at a time
     const Memory owned = memory(MANY_STRIPS * R * LANES), room = room_for<Weights>(MANY_STRIPS * chunk);
     auto* sums = reinterpret_cast<typename Format::Sum*>(owned.get());  // [MANY_STRIPS, R]
-    for (int64_t strip, end; pieces.take(strip, end);)
-      for (; strip < end; strip += MANY_STRIPS) {
+    for (int64_t first, last; pieces.take(first, last);)
+      for (int64_t strip = 2 * first, end = std::min(2 * last, count); strip < end; strip += MANY_STRIPS) {
         const int64_t together = std::min(MANY_STRIPS, end - strip);
         for (int64_t s = 0; s < together; s++)
           for (int64_t r = 0; r < R; r++) sums[s * R + r] = Format::first(a, r);
