@@ -470,9 +470,12 @@ def test_without_a_working_compiler_it_says_so_and_goes_on(
 
 @pytest.mark.slow
 @pytest.mark.skipif(not native.processor_flags().issuperset(native.WIDE), reason="this processor's are the narrow ones")
-def test_the_kernels_for_avx2_pass_these_tests_too() -> None:
+@pytest.mark.parametrize("plugin", ["narrow", "tiles"])
+def test_the_kernels_for_other_processors_pass_these_tests_too(plugin: str) -> None:
+    if plugin == "tiles" and native.tiles():
+        pytest.skip("this processor has a matrix unit")
     here = Path(__file__)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "narrow", "-m", "not slow", here]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", plugin, "-m", "not slow", here]
     done = subprocess.run(
         command, env={**os.environ, "PYTHONPATH": str(here.parent)}, capture_output=True, text=True, check=False
     )

@@ -109,8 +109,7 @@ struct Results {
   }
 };
 
-// sums of `rows` rows += those from place `at` of a block on, times blocks one after the other. The next block's places
-// are `R` on.
+// sums of `rows` rows += those from place `at` on, times blocks one after the other.
 template <class Format>
 inline void add_blocks(const uint8_t* p, int64_t blocks, const Activations& a, int64_t at, int64_t rows,
                        typename Format::Sum* sums) {
