@@ -55,11 +55,6 @@ inline void put_weights(const WidePairs&, int32_t* words, int64_t rows, int64_t 
   put(reinterpret_cast<float*>(block) + s % Pairs::INPUTS, p);
 }
 
-// The processor fetches some bytes into its first-level cache in the meantime: they are needed soon, and once.
-inline void fetch_near(const uint8_t* from, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(from) + i, _MM_HINT_NTA);
-}
-
 // A block of keys as multiply() wants it: 32 channels of 16 positions, turned in registers.
 class Turned {
  public:
@@ -85,7 +80,7 @@ class PairedUp {
     const Words even = words_at(next_), odd = words_at(next_ + stride_);
     Words low;
     next_ += 2 * stride_;
-    fetch_near(ahead_, 128);
+    fetch<_MM_HINT_NTA>(ahead_, 128);
     ahead_ += 128;
     asm volatile("" : "+r"(next_), "+r"(ahead_));  // or GCC computes all addresses beforehand, and has no registers
     pair_up(now(even), now(odd), low, high_);
@@ -125,7 +120,7 @@ class ByVectors : public Format {
     if (rows <= FEW && k.whole())
       for (int64_t s = 0; s < PIECE; s += 16, scores += rows)
         for (int64_t b = 0; b < blocks; b++) {
-          fetch_near(reinterpret_cast<const uint8_t*>(k.next) + (s / 16 * blocks + b) * 1024, 1024);
+          fetch<_MM_HINT_NTA>(reinterpret_cast<const uint8_t*>(k.next) + (s / 16 * blocks + b) * 1024, 1024);
           multiply_rows<Format>(Turned(k.from + s * k.stride + b * Format::INPUTS, k.stride), a_, b * rows, rows,
                                 scores);
         }

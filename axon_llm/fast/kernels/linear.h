@@ -117,14 +117,14 @@ inline void add_blocks(const uint8_t* p, int64_t blocks, const Activations& a, i
   if (Format::ALONE && rows == 1) {  // the sum and what is multiplied stay in registers
     typename Format::Sum sum = sums[0];
     for (int64_t b = 0; b < blocks; b++, p += Format::BYTES, at += step) {
-      if constexpr (AHEAD_ROWS == 1) fetch(p + AHEAD, Format::BYTES);
+      if constexpr (AHEAD_ROWS == 1) fetch<AHEAD_INTO>(p + AHEAD, Format::BYTES);
       Format::template multiply<1>(typename Format::Alone(p), a, at, &sum);
     }
     sums[0] = sum;
   } else
     for (int64_t b = 0; b < blocks; b++, p += Format::BYTES, at += step) {
       const typename Format::Block block(p);
-      if (rows >= AHEAD_ROWS) fetch(p + AHEAD, Format::BYTES);
+      if (rows >= AHEAD_ROWS) fetch<AHEAD_INTO>(p + AHEAD, Format::BYTES);
       multiply_rows<Format>(block, a, at, rows, sums);
     }
 }
