@@ -27,13 +27,13 @@ test-fast: setup  ## unit and parity tests only
 
 check: setup  ## format, lint, types
 	$(PY) -m ruff format --check .
-	.venv/bin/clang-format --dry-run --Werror axon_llm/fast/kernels/*
+	.venv/bin/clang-format --dry-run --Werror axon_llm/fast/kernels/* tests/unit/matrix_unit.h
 	$(PY) -m ruff check .
 	$(PY) -m mypy
 
 format: setup  ## put the code into the project's format
 	$(PY) -m ruff format .
-	.venv/bin/clang-format -i axon_llm/fast/kernels/*
+	.venv/bin/clang-format -i axon_llm/fast/kernels/* tests/unit/matrix_unit.h
 	$(PY) -m ruff check --fix .
 
 bench: setup  ## measure, and write docs/benchmarks.md

@@ -1,6 +1,8 @@
 // Intel's matrix unit (AMX), a loop for each instruction: the kernels for it are tested where a processor has none.
 //
-// Included before everything else, with AXON_TILES defined. What the instructions do is in Intel's Intrinsics Guide.
+// Included before everything else, with AXON_TILES defined. What the instructions do is in Intel's Intrinsics Guide;
+// they also take what is smaller than a normal number for zero, and sum in an order of their own. What they would
+// refuse ends the process.
 
 #pragma once
 
@@ -9,6 +11,7 @@
 #include <unistd.h>
 
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 
 namespace matrix_unit {
@@ -40,8 +43,10 @@ inline void store(int tile, void* to, int64_t stride) {
 }
 
 template <class T>
-T& at(int tile, int row, int column) {
-  return reinterpret_cast<T*>(tiles[tile][row])[column];
+T at(int tile, int row, int column) {
+  T value;
+  std::memcpy(&value, tiles[tile][row] + column * sizeof(T), sizeof(T));
+  return value;
 }
 inline float wide(uint16_t bits) {
   const uint32_t word = static_cast<uint32_t>(bits) << 16;
@@ -50,20 +55,33 @@ inline float wide(uint16_t bits) {
   return value;
 }
 
-// sums += rows times columns, of which four bytes lie together: pairs of bfloat16, or signed bytes times unsigned ones.
-inline void pairs(int sums, int rows, int columns) {
+// sums += rows times columns, of which four bytes lie together: product(m, n, k) is that of one such four.
+template <class Sum>
+void multiply(int sums, int rows, int columns, const auto& product) {
+  if (now.palette != 1 || now.rows[rows] != now.rows[sums] || now.bytes[columns] != now.bytes[sums] ||
+      4 * now.rows[columns] != now.bytes[rows])
+    std::abort();
   for (int m = 0; m < now.rows[sums]; m++)
-    for (int n = 0; n < now.bytes[sums] / 4; n++)
-      for (int k = 0; k < now.bytes[rows] / 4; k++)
-        for (int i = 0; i < 2; i++)
-          at<float>(sums, m, n) += wide(at<uint16_t>(rows, m, 2 * k + i)) * wide(at<uint16_t>(columns, k, 2 * n + i));
+    for (int n = 0; n < now.bytes[sums] / 4; n++) {
+      Sum sum = at<Sum>(sums, m, n);
+      for (int k = 0; k < now.rows[columns]; k++) sum += product(m, n, k);
+      std::memcpy(tiles[sums][m] + 4 * n, &sum, 4);
+    }
 }
-inline void fours(int sums, int rows, int columns) {
-  for (int m = 0; m < now.rows[sums]; m++)
-    for (int n = 0; n < now.bytes[sums] / 4; n++)
-      for (int k = 0; k < now.bytes[rows] / 4; k++)
-        for (int i = 0; i < 4; i++)
-          at<int32_t>(sums, m, n) += at<int8_t>(rows, m, 4 * k + i) * at<uint8_t>(columns, k, 4 * n + i);
+inline void pairs(int sums, int rows, int columns) {
+  multiply<float>(sums, rows, columns, [&](int m, int n, int k) {
+    float sum = 0;
+    for (int i = 0; i < 2; i++)
+      sum += wide(at<uint16_t>(rows, m, 2 * k + i)) * wide(at<uint16_t>(columns, k, 2 * n + i));
+    return sum;
+  });
+}
+inline void fours(int sums, int rows, int columns) {  // signed bytes times unsigned ones
+  multiply<int32_t>(sums, rows, columns, [&](int m, int n, int k) {
+    int32_t sum = 0;
+    for (int i = 0; i < 4; i++) sum += at<int8_t>(rows, m, 4 * k + i) * at<uint8_t>(columns, k, 4 * n + i);
+    return sum;
+  });
 }
 
 }  // namespace matrix_unit

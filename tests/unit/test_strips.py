@@ -61,10 +61,10 @@ def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return float((actual.float() - expected.float()).norm() / expected.float().norm())
 
 
-def linear_and_weight(kind: str, n: int, k: int) -> tuple[StripLinear, torch.Tensor]:
+def linear_and_weight(kind: str, n: int, k: int, w: torch.Tensor | None = None) -> tuple[StripLinear, torch.Tensor]:
     """A linear layer in strips, and the weights it stands for."""
     assert native.load()
-    w = (numbers(n, k) * 0.1).bfloat16()
+    w = (numbers(n, k) * 0.1).bfloat16() if w is None else w
     if kind == "int8":
         q, scale = quantise_int8(w)
         return Int8Strips(lay_int8(q), scale, k), dequantise_int8(q, scale)
@@ -134,12 +134,19 @@ def test_float32_activations_stay_float32(kind: str, rows: int) -> None:
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_a_row_is_the_same_to_the_last_bit_whatever_its_batch_mates_are(kind: str, way: ops.Products) -> None:
-    linear, _ = linear_and_weight(kind, 96, 256)
-    most = 63 if kind == "int4" and way == ops.Products.TILES else 1100  # more are not rounded
-    x = numbers(most, 256, seed=3).bfloat16()
+@pytest.mark.parametrize(("n", "k"), [(96, 256), (80, 2112)], ids=["strips-by-twos", "an-odd-strip"])
+def test_a_row_is_the_same_to_the_last_bit_whatever_its_batch_mates_are(
+    n: int, k: int, kind: str, way: ops.Products
+) -> None:
+    # What is summed cancels, and what is left is how sums were rounded: another order would show.
+    w, x = (numbers(count, k // 2, seed=seed).bfloat16() for count, seed in ((n, 0), (1100, 3)))
+    linear, _ = linear_and_weight(kind, n, k, torch.cat((w, w), dim=-1))
+    x = torch.cat((x, -x), dim=-1)
+    if kind == "int4" and way == ops.Products.TILES:  # more are not rounded
+        x = x[:63]
     alone = linear(x[:1])
-    for others in (x[1:], x[1:60], x[1:18], x[1:4] * 1000, x[1:3], x[1:8] * 0):
+    assert kind == "int8" or k < 1000 or alone.any()
+    for others in (x[1:], x[1:64], x[1:65], x[1:60], x[1:18], x[1:4] * 1000, x[1:3], x[1:8] * 0):
         for place in (0, len(others)):
             batch = torch.cat((others[:place], x[:1], others[place:]))
             assert torch.equal(linear(batch)[place : place + 1], alone)
@@ -192,6 +199,10 @@ def test_a_bias_is_added() -> None:
         (4, 9, 3, 1, 333, 64),
         (1, 2, 2, 70, 140, 33),  # an odd head size
         (1, 4, 2, 3, 65, 128),
+        (1, 8, 2, 1, 192, 64),  # four rows for each KV head, and whole pieces
+        (1, 14, 2, 1, 192, 64),
+        (2, 8, 1, 1, 192, 96),
+        (1, 9, 1, 1, 192, 32),
     ],
 )
 @pytest.mark.parametrize("window", [None, 7, 64])
@@ -207,6 +218,15 @@ def test_attention_is_the_readable_attention(
     mask = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
     exact = attend(q.float(), k.float(), v.float(), mask)
     assert relative(attend_in_strips(way)(q, k, v, mask), exact) < 0.005
+
+
+def test_attention_takes_keys_and_values_that_lie_apart(way: ops.Products) -> None:
+    both = numbers(1, 2, 192, 160).bfloat16()
+    k, v, q = both[..., :64], both[..., 64:128], numbers(1, 8, 1, 64, seed=1).bfloat16()
+    mask = torch.ones(1, 1, 1, 192, dtype=torch.bool)
+    assert torch.equal(
+        attend_in_strips(way)(q, k, v, mask), attend_in_strips(way)(q, k.contiguous(), v.contiguous(), mask)
+    )
 
 
 def test_attention_does_not_depend_on_what_the_mask_hides(way: ops.Products) -> None:
@@ -475,11 +495,12 @@ def test_the_kernels_for_other_processors_pass_these_tests_too(plugin: str) -> N
     if plugin == "tiles" and native.tiles():
         pytest.skip("this processor has a matrix unit")
     here = Path(__file__)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", plugin, "-m", "not slow", here]
+    command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", plugin, "-m", "not slow", here]
     done = subprocess.run(
         command, env={**os.environ, "PYTHONPATH": str(here.parent)}, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout[-3000:]
+    assert ("no matrix unit" in done.stdout) == (plugin != "tiles")
     assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 400  # type: ignore[index]
 
 

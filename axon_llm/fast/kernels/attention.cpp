@@ -156,7 +156,7 @@ class ByVectors : public Format {
     const uint8_t* p = room_;
     for (int64_t strip = 0; strip < count; strip += 2, p += 2 * length, ahead += 2 * length, sums += 2 * a.rows) {
       fetch(ahead, 2 * length);
-      if constexpr (Format::BESIDE) {
+      if constexpr (HELD) {
         const auto both = [&](int64_t b) {
           return Beside<Format>(p + b * Format::BYTES, p + length + b * Format::BYTES);
         };
@@ -269,7 +269,7 @@ void attend_rows(const Shape& z, const uint16_t* const* queries, int64_t begin, 
   const int64_t R = end - begin, rows = Format::places(R), key_blocks = pieces_of(z.D, Format::INPUTS);
   const int64_t value_strips = round_up(z.D, 32) / 16;
   // one after the other, in registers' worth: strips, scores, sums
-  const int64_t room_size = std::max(PIECE * key_blocks, PIECE / 2 * value_strips), score_size = PIECE / 16 * rows;
+  const int64_t room_size = PIECE * key_blocks, score_size = PIECE / 16 * rows;  // room: values take as much as keys
   const Memory owned = memory(16 * (room_size + score_size + value_strips * rows));
   auto* registers = reinterpret_cast<Floats*>(owned.get());
   Floats *scores = registers + room_size, *sums = scores + score_size;

@@ -70,8 +70,6 @@ class Beside {
 
 // bfloat16 weights and activations; products of pairs, summed in float32.
 struct Pairs {
-  static constexpr bool ALONE = true;  // one row is multiplied faster in a loop of its own
-  static constexpr bool BESIDE = HELD;
   static constexpr int64_t INPUTS = 32, WORDS = 16, BYTES = 1024;  // of a block: input channels, words of a row, bytes
   using Sum = Floats;
   using Block = std::conditional_t<HELD, Loaded<Pairs>, InPlace<Pairs>>;  // for several rows
@@ -140,7 +138,7 @@ struct WidePairs : Pairs {
 
   template <int ROWS, int STRIPS = 1>
   static inline void multiply(const auto& block, const Activations& a, int64_t at, Sum* sums) {
-    constexpr int LAST = TURNS<ROWS> - 1;
+    constexpr int LAST = HELD ? 1 : 0;  // for every number of rows, or a row's sum would depend on it
     const float* x = reinterpret_cast<const float*>(a.words) + at * WORDS;
     Floats parts[STRIPS * ROWS][LAST + 1];
 #pragma GCC unroll 8
@@ -175,7 +173,6 @@ inline void lay_block(const uint16_t* rows, int64_t stride, int64_t count, int64
 
 // int8 weights; activations rounded with a scale for each row. Sums are exact.
 struct Int8 {
-  static constexpr bool ALONE = true, BESIDE = HELD;
   static constexpr int64_t INPUTS = 64, WORDS = 16 * FOUR, BYTES = 1024;
   using Sum = Words;
   using Block = std::conditional_t<HELD, Loaded<Int8>, InPlace<Int8>>;
@@ -239,7 +236,6 @@ struct Int8 {
 
 // int4 weights, w = (q − 8) · scale + middle; activations rounded with a scale for each row and group.
 struct Int4 {
-  static constexpr bool ALONE = true, BESIDE = HELD;
   static constexpr int64_t INPUTS = 2 * GROUP, WORDS = 16, BYTES = 640;  // two groups, 256 + 64 bytes each
   using Sum = Floats;
 

@@ -114,7 +114,7 @@ template <class Format>
 inline void add_blocks(const uint8_t* p, int64_t blocks, const Activations& a, int64_t at, int64_t rows,
                        typename Format::Sum* sums) {
   const int64_t step = a.rows;
-  if (Format::ALONE && rows == 1) {  // the sum and what is multiplied stay in registers
+  if (rows == 1) {  // in a loop of its own, where the sum and what is multiplied stay in registers
     typename Format::Sum sum = sums[0];
     for (int64_t b = 0; b < blocks; b++, p += Format::BYTES, at += step) {
       if constexpr (AHEAD_ROWS == 1) fetch<AHEAD_INTO>(p + AHEAD, Format::BYTES);
@@ -153,7 +153,7 @@ void multiply_many(const X* x, const Weights& weights, const float* scales, cons
           for (int64_t from = 0; from < R; from += TOGETHER) {
             const int64_t rows = std::min(TOGETHER, R - from), at = b * a.rows + from;
             int64_t s = 0;
-            if constexpr (Format::BESIDE)
+            if constexpr (HELD)
               for (; s + 2 <= together; s += 2) {
                 const auto both = [&](int64_t i) {
                   return Beside<Format>(w[s] + i * Format::BYTES, w[s + 1] + i * Format::BYTES);
