@@ -2,7 +2,7 @@
 //
 // They are a register of AVX-512 or two of AVX2. What the kernels need of either is in lanes512.h and lanes256.h, under
 // the same names and with the same results; a processor with half the registers, half as wide, differs in one more
-// thing: it cannot hold a block of weights, and reads its words when they are wanted (`HELD`).
+// thing: it cannot hold a block of weights, and reads its words when they are wanted, for one strip at a time (`HELD`).
 //
 // Every sum is taken in the same order on both, so that a norm or a rounded activation is the same to the bit.
 //

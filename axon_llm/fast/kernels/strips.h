@@ -12,6 +12,7 @@
 // 64 bytes are a register, or two (lanes.h). A *block* is 16 times 64 bytes of weights: it is loaded, every row is
 // multiplied by it, and the next block of the strip follows. Four rows are multiplied in turn, product by product,
 // because a product takes longer than the processor waits before it starts the next one that does not depend on it.
+// Many rows, bound by reading activations, are multiplied by blocks of two strips at once.
 //
 // The integer formats round activations to bytes: int8 with a scale for each row, int4 with a scale for each row and
 // group. Each row's sum is taken in the same order whatever rows are computed with it: its result is the same to the

@@ -1,0 +1,238 @@
+// The products of attention, for a piece of 64 positions at a time: queries with keys, and scores' weights with values.
+//
+// Products are those of linear layers: keys are strips whose channels are the positions, so that scores come 16
+// positions to a register, and values are strips whose channels are the head's. Few rows take both as they lie in the
+// cache and turn or pair up what they need in registers; many lay them in strips first.
+//
+// Legend: D head_dim; a *row* is one query head of one token
+//
+// Read next: attention.cpp.
+
+#pragma once
+
+#include "tiles.h"
+
+namespace {
+
+constexpr int64_t PIECE = 64;  // positions
+
+// Keys [PIECE, D] → strips of 16 positions: [PIECE / 16, blocks, 16 words, 16].
+inline void lay_keys(const uint16_t* k, int64_t stride, int64_t count, int64_t D, uint8_t* strips) {
+  const int64_t blocks = pieces_of(D, Pairs::INPUTS);
+  for (int64_t s = 0; s < PIECE; s += 16)
+    for (int64_t b = 0; b < blocks; b++, strips += Pairs::BYTES)
+      lay_block(k + s * stride + b * Pairs::INPUTS, stride, count - s, D - b * Pairs::INPUTS, strips);
+}
+
+// Values [PIECE, D] → strips of 16 channels: [⌈D / 32⌉ * 2, PIECE / 2 words, 16], two positions to a word.
+inline void lay_values(const uint16_t* v, int64_t stride, int64_t count, int64_t D, uint8_t* strips) {
+  constexpr int64_t STRIP = PIECE / 2 * 64;  // bytes
+  for (int64_t d = 0; d < D; d += 32, strips += 2 * STRIP)
+    for (int64_t s = 0; s < PIECE; s += 2) {
+      const uint16_t *one = v + s * stride + d, *two = one + stride;
+      const bool whole = s + 1 < count && D - d >= 32;
+      const Words even = whole ? words_at(one) : shorts_at(one, s < count ? D - d : 0);
+      const Words odd = whole ? words_at(two) : shorts_at(two, s + 1 < count ? D - d : 0);
+      Words low, high;
+      pair_up(even, odd, low, high);
+      put(strips + s / 2 * 64, low), put(strips + STRIP + s / 2 * 64, high);
+    }
+}
+
+// Sixteen weights of row r, for positions s and up of a piece, as words of the format's activations.
+inline void put_weights(const Pairs&, int32_t* words, int64_t rows, int64_t r, int64_t s, Floats p) {
+  int32_t* block = words + (s / Pairs::INPUTS * rows + r) * Pairs::WORDS;
+  store(reinterpret_cast<uint16_t*>(block) + s % Pairs::INPUTS, p, LANES);
+}
+inline void put_weights(const WidePairs&, int32_t* words, int64_t rows, int64_t r, int64_t s, Floats p) {
+  int32_t* block = words + (s / Pairs::INPUTS * rows + r) * WidePairs::WORDS;
+  put(reinterpret_cast<float*>(block) + s % Pairs::INPUTS, p);
+}
+
+// A block of keys as multiply() wants it: 32 channels of 16 positions, turned in registers.
+class Turned {
+ public:
+  Turned(const uint16_t* k, int64_t stride) {
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < 16; i++) words_[i] = words_at(k + i * stride);
+    turn(words_);
+  }
+  Words word(int, int i) const { return words_[i]; }
+  const Turned& again() const { return *this; }
+
+ private:
+  Words words_[16];
+};
+
+// The blocks of two strips of values: 32 positions of 32 channels, paired up when they are wanted, in order. With each
+// pair some of what lies `ahead` is fetched: evenly, for the processor can only wait for so much at a time.
+class PairedUp {
+ public:
+  PairedUp(const uint16_t* v, int64_t stride, const uint8_t* ahead) : next_(v), ahead_(ahead), stride_(stride) {}
+  Words word(int s, int) const {
+    if (s == 1) return high_;
+    const Words even = words_at(next_), odd = words_at(next_ + stride_);
+    Words low;
+    next_ += 2 * stride_;
+    fetch<_MM_HINT_NTA>(ahead_, 128);
+    ahead_ += 128;
+    asm volatile("" : "+r"(next_), "+r"(ahead_));  // or GCC computes all addresses beforehand, and has no registers
+    pair_up(now(even), now(odd), low, high_);
+    return low;
+  }
+
+ private:
+  mutable const uint16_t* next_;
+  mutable const uint8_t* ahead_;
+  const int64_t stride_;
+  mutable Words high_;
+};
+
+// A piece of a cache's keys, or of its values: [count, D], `stride` apart. What is needed `next` has as many.
+struct Piece {
+  const uint16_t *from, *next;
+  int64_t stride, count, D;
+
+  bool whole() const { return count == PIECE && D % Pairs::INPUTS == 0; }
+};
+
+// By the vector unit, with a task's queries `a`; strips are laid in `room`.
+template <class Format>
+class ByVectors : public Format {
+ public:
+  static constexpr int64_t FEW = HELD ? 8 : 0;  // rows: for more, values would be paired up more than twice
+  using Kind = Format;
+  static int64_t places(int64_t R) { return R; }
+
+  ByVectors(const Activations& a, int64_t, uint8_t* room) : a_(a), room_(room) {}
+
+  // scores [PIECE / 16, rows] of a piece.
+  void score(const Piece& k, Floats* scores) const {
+    const int64_t blocks = pieces_of(k.D, Format::INPUTS), rows = a_.rows;
+    std::fill(scores, scores + PIECE / 16 * rows, all(0.0f));
+    if (rows <= FEW && k.whole())
+      for (int64_t s = 0; s < PIECE; s += 16, scores += rows)
+        for (int64_t b = 0; b < blocks; b++) {
+          fetch<_MM_HINT_NTA>(reinterpret_cast<const uint8_t*>(k.next) + (s / 16 * blocks + b) * 1024, 1024);
+          multiply_rows<Format>(Turned(k.from + s * k.stride + b * Format::INPUTS, k.stride), a_, b * rows, rows,
+                                scores);
+        }
+    else {
+      lay_keys(k.from, k.stride, k.count, k.D, room_);
+      add_strips(a_, blocks, PIECE / 16, scores, k.next);
+    }
+  }
+
+  // sums [strips, rows] += the scores' weights times a piece.
+  void add(const Activations& weights, const Piece& v, Floats* sums) const {
+    constexpr int64_t blocks = PIECE / Format::INPUTS;
+    const int64_t rows = a_.rows;
+    if (rows <= FEW && v.whole())
+      for (int64_t d = 0; d < v.D; d += 32, sums += 2 * rows) {
+        const auto both = [&](int64_t b) {
+          const auto* ahead = reinterpret_cast<const uint8_t*>(v.next) + (d / 32 * blocks + b) * 2048;
+          return PairedUp(v.from + b * Format::INPUTS * v.stride + d, v.stride, ahead);
+        };
+        multiply_rows_by_two<Format>(both, blocks, weights, 0, rows, sums, rows);
+      }
+    else {
+      lay_values(v.from, v.stride, v.count, v.D, room_);
+      add_strips(weights, blocks, round_up(v.D, 32) / 16, sums, v.next);
+    }
+  }
+
+ private:
+  // sums [count, rows] += rows times an even number of strips, one after the other in `room`.
+  void add_strips(const Activations& a, int64_t blocks, int64_t count, Floats* sums, const uint16_t* next) const {
+    const int64_t length = blocks * Format::BYTES;
+    const auto* ahead = reinterpret_cast<const uint8_t*>(next);
+    const uint8_t* p = room_;
+    for (int64_t strip = 0; strip < count; strip += 2, p += 2 * length, ahead += 2 * length, sums += 2 * a.rows) {
+      fetch(ahead, 2 * length);
+      if constexpr (HELD) {
+        const auto both = [&](int64_t b) {
+          return Beside<Format>(p + b * Format::BYTES, p + length + b * Format::BYTES);
+        };
+        multiply_rows_by_two<Format>(both, blocks, a, 0, a.rows, sums, a.rows);
+      } else
+        for (int64_t s = 0; s < 2; s++)
+          for (int64_t b = 0; b < blocks; b++)
+            multiply_rows<Format>(typename Format::Block(p + s * length + b * Format::BYTES), a, b * a.rows, a.rows,
+                                  sums + s * a.rows);
+    }
+  }
+
+  const Activations& a_;
+  uint8_t* const room_;
+};
+
+#ifdef AXON_TILES
+// The same by the matrix unit.
+class ByTiles : public TilePairs {
+ public:
+  using Kind = Pairs;
+  static int64_t places(int64_t R) { return round_up(R, TILE); }
+
+  ByTiles(const Activations& a, int64_t D, uint8_t* room) : a_(a), room_(room) {
+    if (a.rows != TILE || D % INPUTS != 0) return;
+    turned_ = memory(D / INPUTS * TILE * TILE);
+    for (int64_t b = 0; b < D / INPUTS; b++)
+      lay_turned(turned_.get() + b * TILE * TILE, TILE,
+                 [&](int64_t r) { return words_at(a.words + (b * TILE + r) * TILE); });
+  }
+
+  void score(const Piece& k, Floats* scores) const {
+    const int64_t blocks = pieces_of(k.D, INPUTS);
+    if (turned_ != nullptr && k.whole()) return score_few(k, blocks, scores);
+    lay_keys(k.from, k.stride, k.count, k.D, room_);
+    std::fill(scores, scores + PIECE / 16 * a_.rows, all(0.0f));
+    add_strips(a_, blocks, PIECE / 16, scores, k.next);
+  }
+
+  void add(const Activations& weights, const Piece& v, Floats* sums) const {
+    lay_values(v.from, v.stride, v.count, v.D, room_);
+    add_strips(weights, PIECE / INPUTS, round_up(v.D, 32) / 16, sums, v.next);
+  }
+
+ private:
+  // Up to 16 rows with keys as they lie in the cache: a tile of 16 keys times the turned queries are the scores'
+  // columns, which are turned back. For so few rows that is less work than laying keys in strips. The products and the
+  // order of their sums are the same.
+  void score_few(const Piece& k, int64_t blocks, Floats* scores) const {
+    alignas(64) Words columns[TILE];
+    const auto* ahead = reinterpret_cast<const uint8_t*>(k.next);
+    for (int64_t s = 0; s < PIECE; s += TILE, scores += TILE, ahead += blocks * BYTES) {
+      fetch(ahead, blocks * BYTES);
+      written();
+      _tile_zero(0);
+      for (int64_t b = 0; b < blocks; b++) {
+        _tile_loadd(4, k.from + s * k.stride + b * INPUTS, k.stride * 2);
+        _tile_loadd(6, turned_.get() + b * TILE * WORDS, 64);
+        multiply_tiles<1, 1>();
+      }
+      _tile_stored(0, columns, 64);
+      turn(columns);
+#pragma GCC unroll 16
+      for (int64_t r = 0; r < TILE; r++) scores[r] = as_floats(columns[r]);
+    }
+  }
+
+  void add_strips(const Activations& a, int64_t blocks, int64_t count, Floats* sums, const uint16_t* next) const {
+    const auto* ahead = reinterpret_cast<const uint8_t*>(next);
+    const uint8_t* p = room_;
+    for (int64_t strip = 0; strip < count; strip += 2, p += 2 * blocks * BYTES, sums += 2 * a.rows) {
+      fetch(ahead, 2 * blocks * BYTES);
+      ahead += 2 * blocks * BYTES;
+      const uint8_t* both[2] = {p, p + blocks * BYTES};
+      tile_products<TilePairs>(a.words, a.rows * WORDS * 4, a.rows, both, 2, blocks, reinterpret_cast<int32_t*>(sums),
+                               a.rows * LANES, true);
+    }
+  }
+
+  const Activations& a_;
+  uint8_t* const room_;
+  Memory turned_{nullptr, &std::free};
+};
+#endif
+
+}  // namespace
