@@ -71,7 +71,9 @@ void attend_rows(const Shape& z, const uint16_t* const* queries, int64_t begin, 
     const Heads& then_here = more ? here : then;
     const int64_t s = pieces[i], next = more ? pieces[i + 1] : pieces[0], count = std::min(PIECE, z.S - s);
     products.score({here.k + s * k_stride, then_here.k + next * k_stride, k_stride, count, z.D}, scores);
+    const Piece v{here.v + s * v_stride, then_here.v + next * v_stride, v_stride, count, z.D};
     for (int64_t r = 0; r < R; r++) {
+      products.meanwhile(v, r);
       const uint64_t seen = set_at(mask + (begin + r) / z.G * z.S + s, count);
       if (seen == 0 && total[r] == 0.0f) {  // nothing yet: no largest score to compare with
         for (int64_t l = 0; l < PIECE; l += 16) put_weights(kind, words, rows, r, l, all(0.0f));
@@ -97,7 +99,7 @@ void attend_rows(const Shape& z, const uint16_t* const* queries, int64_t begin, 
       if (shrink != 1.0f)
         for (int64_t d = 0; d < value_strips; d++) sums[d * rows + r] = sums[d * rows + r] * all(shrink);
     }
-    products.add(weights, {here.v + s * v_stride, then_here.v + next * v_stride, v_stride, count, z.D}, sums);
+    products.add(weights, v, sums);
   }
   for (int64_t r = 0; r < R; r++)
     for (int64_t i = 0; i < value_strips; i++) {

@@ -74,8 +74,8 @@ class PairedUp {
     const Words even = words_at(next_), odd = words_at(next_ + stride_);
     Words low;
     next_ += 2 * stride_;
-    fetch<_MM_HINT_NTA>(ahead_, 128);
-    ahead_ += 128;
+    fetch<_MM_HINT_NTA>(ahead_, 64);
+    ahead_ += 64;
     asm volatile("" : "+r"(next_), "+r"(ahead_));  // or GCC computes all addresses beforehand, and has no registers
     pair_up(now(even), now(odd), low, high_);
     return low;
@@ -123,6 +123,12 @@ class ByVectors : public Format {
     }
   }
 
+  // While row r's scores become weights, some of the next values are fetched: the first half of them, in all.
+  void meanwhile(const Piece& v, int64_t r) const {
+    const int64_t share = PIECE * v.D / a_.rows;
+    if (a_.rows <= FEW) fetch<_MM_HINT_NTA>(reinterpret_cast<const uint8_t*>(v.next) + r * share, share);
+  }
+
   // sums [strips, rows] += the scores' weights times a piece.
   void add(const Activations& weights, const Piece& v, Floats* sums) const {
     constexpr int64_t blocks = PIECE / Format::INPUTS;
@@ -130,7 +136,7 @@ class ByVectors : public Format {
     if (rows <= FEW && v.whole())
       for (int64_t d = 0; d < v.D; d += 32, sums += 2 * rows) {
         const auto both = [&](int64_t b) {
-          const auto* ahead = reinterpret_cast<const uint8_t*>(v.next) + (d / 32 * blocks + b) * 2048;
+          const auto* ahead = reinterpret_cast<const uint8_t*>(v.next) + PIECE * v.D + (d / 32 * blocks + b) * 1024;
           return PairedUp(v.from + b * Format::INPUTS * v.stride + d, v.stride, ahead);
         };
         multiply_rows_by_two<Format>(both, blocks, weights, 0, rows, sums, rows);
@@ -188,6 +194,8 @@ class ByTiles : public TilePairs {
     std::fill(scores, scores + PIECE / 16 * a_.rows, all(0.0f));
     add_strips(a_, blocks, PIECE / 16, scores, k.next);
   }
+
+  void meanwhile(const Piece&, int64_t) const {}
 
   void add(const Activations& weights, const Piece& v, Floats* sums) const {
     lay_values(v.from, v.stride, v.count, v.D, room_);
