@@ -56,7 +56,6 @@ void attend_rows(const Shape& z, const uint16_t* const* queries, int64_t begin, 
   for (int64_t r = 0; r < R; r++) std::memcpy(looking.data() + r * z.D, queries[begin + r], z.D * 2);
   Format::prepare(looking.data(), R, z.D, key_blocks, a);
   int32_t* words = weights.allocate(PIECE / Format::INPUTS * rows * Format::WORDS);
-  const typename Format::Kind kind;
   const Format products(a, z.D, reinterpret_cast<uint8_t*>(registers));
 
   float most[ROWS], total[ROWS];
@@ -76,7 +75,7 @@ void attend_rows(const Shape& z, const uint16_t* const* queries, int64_t begin, 
       products.meanwhile(v, r);
       const uint64_t seen = set_at(mask + (begin + r) / z.G * z.S + s, count);
       if (seen == 0 && total[r] == 0.0f) {  // nothing yet: no largest score to compare with
-        for (int64_t l = 0; l < PIECE; l += 16) put_weights(kind, words, rows, r, l, all(0.0f));
+        for (int64_t l = 0; l < PIECE; l += 16) put_weights(products, words, rows, r, l, all(0.0f));
         continue;
       }
       Floats x[4], most_here = nothing;
@@ -92,7 +91,7 @@ void attend_rows(const Shape& z, const uint16_t* const* queries, int64_t begin, 
       for (int l = 0; l < 4; l++) {
         const Floats p = choose(static_cast<uint16_t>(seen >> (16 * l)), exponential(x[l] - all(now)), all(0.0f));
         weight = weight + p;
-        put_weights(kind, words, rows, r, 16 * l, p);
+        put_weights(products, words, rows, r, 16 * l, p);
       }
       most[r] = now;
       total[r] = total[r] * shrink + sum(weight);

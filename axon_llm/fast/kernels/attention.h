@@ -101,7 +101,6 @@ template <class Format>
 class ByVectors : public Format {
  public:
   static constexpr int64_t FEW = HELD ? 8 : 0;  // rows: for more, values would be paired up more than twice
-  using Kind = Format;
   static int64_t places(int64_t R) { return R; }
 
   ByVectors(const Activations& a, int64_t, uint8_t* room) : a_(a), room_(room) {}
@@ -176,7 +175,6 @@ class ByVectors : public Format {
 // The same by the matrix unit.
 class ByTiles : public TilePairs {
  public:
-  using Kind = Pairs;
   static int64_t places(int64_t R) { return round_up(R, TILE); }
 
   ByTiles(const Activations& a, int64_t D, uint8_t* room) : a_(a), room_(room) {
