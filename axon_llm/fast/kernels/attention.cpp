@@ -43,20 +43,20 @@ template <class Format>
 void attend_rows(const Shape& z, const uint16_t* const* queries, int64_t begin, int64_t end, const Heads& here,
                  const Heads& then, int64_t k_stride, int64_t v_stride, const uint8_t* mask, uint16_t* const* out) {
   const int64_t R = end - begin, rows = Format::places(R), key_blocks = pieces_of(z.D, Format::INPUTS);
-  const int64_t value_strips = round_up(z.D, 32) / 16;
   // one after the other, in registers' worth: strips, scores, sums
   const int64_t room_size = PIECE * key_blocks, score_size = PIECE / 16 * rows;  // room: values take as much as keys
-  const Memory owned = memory(16 * (room_size + score_size + value_strips * rows));
+  const int64_t sum_size = Format::sums(rows, z.D);
+  const Memory owned = memory(16 * (room_size + score_size + sum_size));
   auto* registers = reinterpret_cast<Floats*>(owned.get());
   Floats *scores = registers + room_size, *sums = scores + score_size;
-  std::fill(sums, sums + value_strips * rows, all(0.0f));
+  std::fill(sums, sums + sum_size, all(0.0f));
 
   Activations a(rows), weights(rows);
   std::vector<uint16_t> looking(R * z.D);
   for (int64_t r = 0; r < R; r++) std::memcpy(looking.data() + r * z.D, queries[begin + r], z.D * 2);
   Format::prepare(looking.data(), R, z.D, key_blocks, a);
-  int32_t* words = weights.allocate(PIECE / Format::INPUTS * rows * Format::WORDS);
-  const Format products(a, z.D, reinterpret_cast<uint8_t*>(registers));
+  int32_t* words = weights.allocate(Format::words(rows));
+  const Format products(a, R, z.D, reinterpret_cast<uint8_t*>(registers));
 
   float most[ROWS], total[ROWS];
   std::fill(most, most + R, -std::numeric_limits<float>::infinity());
@@ -75,7 +75,7 @@ void attend_rows(const Shape& z, const uint16_t* const* queries, int64_t begin, 
       products.meanwhile(v, r);
       const uint64_t seen = set_at(mask + (begin + r) / z.G * z.S + s, count);
       if (seen == 0 && total[r] == 0.0f) {  // nothing yet: no largest score to compare with
-        for (int64_t l = 0; l < PIECE; l += 16) put_weights(products, words, rows, r, l, all(0.0f));
+        for (int64_t l = 0; l < PIECE; l += 16) products.put_weights(words, r, l, all(0.0f));
         continue;
       }
       Floats x[4], most_here = nothing;
@@ -91,20 +91,15 @@ void attend_rows(const Shape& z, const uint16_t* const* queries, int64_t begin, 
       for (int l = 0; l < 4; l++) {
         const Floats p = choose(static_cast<uint16_t>(seen >> (16 * l)), exponential(x[l] - all(now)), all(0.0f));
         weight = weight + p;
-        put_weights(products, words, rows, r, 16 * l, p);
+        products.put_weights(words, r, 16 * l, p);
       }
       most[r] = now;
       total[r] = total[r] * shrink + sum(weight);
-      if (shrink != 1.0f)
-        for (int64_t d = 0; d < value_strips; d++) sums[d * rows + r] = sums[d * rows + r] * all(shrink);
+      if (shrink != 1.0f) products.scale(sums, r, all(shrink));
     }
     products.add(weights, v, sums);
   }
-  for (int64_t r = 0; r < R; r++)
-    for (int64_t i = 0; i < value_strips; i++) {
-      const Floats mean = sums[i * rows + r] * all(1.0f / total[r]);
-      store(out[begin + r] + 16 * i, mean, z.D - 16 * i);
-    }
+  for (int64_t r = 0; r < R; r++) products.finish(sums, r, all(1.0f / total[r]), out[begin + r]);
 }
 
 template <class Format, class Held = int64_t>

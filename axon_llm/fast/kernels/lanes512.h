@@ -131,6 +131,31 @@ inline void turn(Words* words) {
   }
 }
 
+#ifdef AXON_TILES
+// The first `left` of 32 shorts.
+inline void put_shorts_at(uint16_t* y, Words x, int64_t left) { _mm512_mask_storeu_epi16(y, first32(left), x.v); }
+
+// Four columns of sixteen rows, each `step` from the one before, turned.
+inline void turn_four(const float* from, int64_t step, Floats* to) {
+  __m512 x[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) {  // rows i, 4 + i, 8 + i, 12 + i
+    const auto four = [&](int row) { return _mm_loadu_ps(from + (row + i) * step); };
+    x[i] = _mm512_insertf32x4(_mm512_castps128_ps512(four(0)), four(4), 1);
+    x[i] = _mm512_insertf32x4(_mm512_insertf32x4(x[i], four(8), 2), four(12), 3);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; i++) {
+    const auto pairs = [&](int j) {
+      return i == 0 ? _mm512_unpacklo_ps(x[j], x[j + 1]) : _mm512_unpackhi_ps(x[j], x[j + 1]);
+    };
+    const __m512d one = _mm512_castps_pd(pairs(0)), two = _mm512_castps_pd(pairs(2));
+    to[2 * i].v = _mm512_castpd_ps(_mm512_unpacklo_pd(one, two));
+    to[2 * i + 1].v = _mm512_castpd_ps(_mm512_unpackhi_pd(one, two));
+  }
+}
+#endif
+
 #ifdef __AVX512BF16__
 #define AXON_PAIRS
 // sums + products of pairs of bfloat16, or of pairs and the one that `x` points to. What is wanted `ONCE` the

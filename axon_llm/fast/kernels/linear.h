@@ -216,10 +216,10 @@ void multiply_in_tiles(const X* x, const Weights& weights, const float* scales, 
           for (int64_t b = 0; b < blocks; b += chunk)
             for (int64_t s = 0; s < together; s += strips) {
               const int64_t now = std::min(strips, together - s), taken = std::min(chunk, blocks - b);
-              const uint8_t* w[2];
+              Blocks w{};
               for (int64_t i = 0; i < now; i++) {
                 auto* to = bytes(room) + i * chunk * Weights::MADE;
-                w[i] = weights.blocks(strip + s + i, b, taken, to);
+                w.from[i] = weights.blocks(strip + s + i, b, taken, to);
               }
               tile_products<Format>(a.words + (b * a.rows + from) * Format::WORDS, a.rows * Format::WORDS * 4, here, w,
                                     now, taken, sums.get() + s * rows * LANES, rows * LANES, b > 0, few);

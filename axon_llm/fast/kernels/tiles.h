@@ -116,16 +116,21 @@ struct TileInt8 : Int8 {
   }
 };
 
+// Blocks of one strip or of two: `line` bytes from one of a block's sixteen rows to the next, `step` from a block on.
+struct Blocks {
+  const uint8_t* from[2];
+  int64_t line = 64, step = TILE * 64;
+};
+
 // One or two tiles of rows times one or two strips.
 //
 //   rows     of the first block; those of the next are `row_step` bytes on
-//   strips   blocks, one after the other
 //   sums     of the first strip, [ROWS * 16, 16] words, and `sum_step` words on of the second; begun with what is there
 //            if there is anything
 //   ahead    tell the processor what comes next: worth it with one strip from memory and more than a few rows
 template <class Format, int ROWS, int STRIPS>
-inline void tile_product(const int32_t* rows, int64_t row_step, const uint8_t* const* strips, int64_t blocks,
-                         int32_t* sums, int64_t sum_step, bool begun, bool ahead = false) {
+inline void tile_product(const int32_t* rows, int64_t row_step, const Blocks& strips, int64_t blocks, int32_t* sums,
+                         int64_t sum_step, bool begun, bool ahead = false) {
   constexpr int64_t BYTES = 64, NEXT = TILE * LANES;  // of a tile: bytes of a row; words
   written();
   if (begun) {
@@ -139,12 +144,12 @@ inline void tile_product(const int32_t* rows, int64_t row_step, const uint8_t* c
     if constexpr (STRIPS == 2) _tile_zero(2);
     if constexpr (ROWS == 2 && STRIPS == 2) _tile_zero(3);
   }
-  const auto *x = reinterpret_cast<const uint8_t*>(rows), *w = strips[0], *v = strips[STRIPS - 1];
-  for (int64_t b = 0; b < blocks; b++, x += row_step, w += Format::BYTES, v += Format::BYTES) {
+  const auto *x = reinterpret_cast<const uint8_t*>(rows), *w = strips.from[0], *v = strips.from[STRIPS - 1];
+  for (int64_t b = 0; b < blocks; b++, x += row_step, w += strips.step, v += strips.step) {
     _tile_loadd(4, x, BYTES);
     if constexpr (ROWS == 2) _tile_loadd(5, x + TILE * BYTES, BYTES);
-    _tile_loadd(6, w, BYTES);
-    if constexpr (STRIPS == 2) _tile_loadd(7, v, BYTES);
+    _tile_loadd(6, w, strips.line);
+    if constexpr (STRIPS == 2) _tile_loadd(7, v, strips.line);
     if constexpr (STRIPS == 1)
       if (ahead) fetch(w + TILE_AHEAD, Format::BYTES);
     Format::template multiply_tiles<ROWS, STRIPS>();
@@ -157,9 +162,8 @@ inline void tile_product(const int32_t* rows, int64_t row_step, const uint8_t* c
 
 // The same for `count` rows, a multiple of 16 or less than that, and one or two strips.
 template <class Format>
-inline void tile_products(const int32_t* rows, int64_t row_step, int64_t count, const uint8_t* const* strips,
-                          int64_t how_many, int64_t blocks, int32_t* sums, int64_t sum_step, bool begun,
-                          bool ahead = false) {
+inline void tile_products(const int32_t* rows, int64_t row_step, int64_t count, const Blocks& strips, int64_t how_many,
+                          int64_t blocks, int32_t* sums, int64_t sum_step, bool begun, bool ahead = false) {
   int64_t r = 0;
   for (; r + 2 * TILE <= count; r += 2 * TILE) {
     const int32_t* x = rows + r * Format::WORDS;
