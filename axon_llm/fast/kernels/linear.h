@@ -129,6 +129,17 @@ inline void add_blocks(const uint8_t* p, int64_t blocks, const Activations& a, i
     }
 }
 
+// One row's sums of two strips += it times their blocks, read from both side by side.
+template <class Format>
+inline void add_beside(const uint8_t* const* w, int64_t blocks, const Activations& a, typename Format::Sum* sums) {
+  const auto both = [&](int64_t i) {
+    const uint8_t *one = w[0] + i * Format::BYTES, *other = w[1] + i * Format::BYTES;
+    fetch<AHEAD_INTO>(one + AHEAD, Format::BYTES), fetch<AHEAD_INTO>(other + AHEAD, Format::BYTES);
+    return Beside<Format>(one, other);
+  };
+  multiply_by_two<Format, 1>(both, blocks, a, 0, sums, 1);
+}
+
 // x [R, K] times the weights of all strips, which threads share: many rows. Several strips are multiplied by as much of
 // some rows as stays in the second-level cache.
 template <class Format, class Weights, class X>
@@ -172,7 +183,8 @@ void multiply_many(const X* x, const Weights& weights, const float* scales, cons
   });
 }
 
-// The same for any number of rows; few are bound by what memory delivers, so each strip is read from front to back.
+// The same for any number of rows; few are bound by what memory delivers, so each strip is read from front to back, or
+// two are.
 template <class Format, class Weights, class X>
 void multiply(const X* x, const Weights& weights, const float* scales, const Results<X>& y, int64_t R, int64_t K) {
   if (R > TOGETHER) return multiply_many<Format>(x, weights, scales, y, R, K);
@@ -180,23 +192,34 @@ void multiply(const X* x, const Weights& weights, const float* scales, const Res
   Activations a(R);
   Format::prepare(x, R, K, blocks, a);
   share(count, least(count, count * blocks * Format::BYTES), [&](Pieces& pieces) {
-    const Memory owned = memory(R * LANES), room = room_for<Weights>(blocks);
-    auto* sums = reinterpret_cast<typename Format::Sum*>(owned.get());  // [R]
-    for (int64_t strip, end; pieces.take(strip, end);)
-      for (; strip < end; strip++) {
-        for (int64_t r = 0; r < R; r++) sums[r] = Format::first(a, r);
-        add_blocks<Format>(weights.blocks(strip, 0, blocks, bytes(room)), blocks, a, 0, R, sums);
-        const int64_t n = strip * LANES;
-        for (int64_t r = 0; r < R; r++)
-          y.put(r, n, Format::finish(sums[r], a, r, scales == nullptr ? nullptr : scales + n));
+    const Memory owned = memory(2 * R * LANES), room = room_for<Weights>(2 * blocks);
+    auto* sums = reinterpret_cast<typename Format::Sum*>(owned.get());  // of one strip or of two, [R] each
+    int64_t strip, end, now;
+    while (pieces.take(strip, end))
+      for (; strip < end; strip += now) {
+        now = ALONE_BY_TWO && R == 1 && strip + 1 < end ? 2 : 1;
+        const uint8_t* w[2];
+        for (int64_t s = 0; s < now; s++) {
+          w[s] = weights.blocks(strip + s, 0, blocks, bytes(room) + s * blocks * Weights::MADE);
+          for (int64_t r = 0; r < R; r++) sums[s * R + r] = Format::first(a, r);
+        }
+        if (now == 2)
+          add_beside<Format>(w, blocks, a, sums);
+        else
+          add_blocks<Format>(w[0], blocks, a, 0, R, sums);
+        for (int64_t s = 0; s < now; s++)
+          for (int64_t r = 0; r < R; r++) {
+            const int64_t n = (strip + s) * LANES;
+            y.put(r, n, Format::finish(sums[s * R + r], a, r, scales == nullptr ? nullptr : scales + n));
+          }
       }
   });
 }
 
 #ifdef AXON_TILES
 
-// The same by the matrix unit. Many rows are bound by what the second-level cache delivers, so two strips are taken
-// together; few by what memory does, so one is.
+// The same by the matrix unit, two strips together: many rows are bound by what the second-level cache delivers, few by
+// what memory does, and it delivers a little more from two places at once.
 template <class Format, class Weights, class X>
 void multiply_in_tiles(const X* x, const Weights& weights, const float* scales, const Results<X>& y, int64_t R,
                        int64_t K) {
@@ -204,18 +227,18 @@ void multiply_in_tiles(const X* x, const Weights& weights, const float* scales, 
   Activations a(tile_rows(R));
   Format::prepare(x, R, K, blocks, a);
   const bool few = a.rows <= 2 * TILE;
-  const int64_t rows = std::min(a.rows, TILE_ROWS), strips = few ? 1 : 2, chunk = few ? blocks : TILE_BLOCKS;
+  const int64_t rows = std::min(a.rows, TILE_ROWS), chunk = few ? blocks : TILE_BLOCKS;
   share(count, few ? least(count, count * blocks * Format::BYTES) : TILE_STRIPS, [&](Pieces& pieces) {
     const Tiles tiles(std::min(R, TILE));
-    const Memory sums = memory(TILE_STRIPS * rows * LANES), room = room_for<Weights>(strips * chunk);
+    const Memory sums = memory(TILE_STRIPS * rows * LANES), room = room_for<Weights>(2 * chunk);
     for (int64_t strip, end; pieces.take(strip, end);)
       for (; strip < end; strip += TILE_STRIPS) {
         const int64_t together = std::min(TILE_STRIPS, end - strip);
         for (int64_t from = 0; from < a.rows; from += rows) {
           const int64_t here = std::min(rows, a.rows - from);
           for (int64_t b = 0; b < blocks; b += chunk)
-            for (int64_t s = 0; s < together; s += strips) {
-              const int64_t now = std::min(strips, together - s), taken = std::min(chunk, blocks - b);
+            for (int64_t s = 0; s < together; s += 2) {
+              const int64_t now = std::min<int64_t>(2, together - s), taken = std::min(chunk, blocks - b);
               Blocks w{};
               for (int64_t i = 0; i < now; i++) {
                 auto* to = bytes(room) + i * chunk * Weights::MADE;
