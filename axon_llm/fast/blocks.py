@@ -24,6 +24,8 @@ from axon_llm.layers.attention import Attention
 from axon_llm.layers.norm import RMSNorm
 from axon_llm.model import Block
 
+NO_WINDOW = 1 << 40  # wider than any sequence
+
 
 class FusedAttention(nn.Module):
     """The readable ``Attention`` with one projection for query, key and value.
@@ -88,7 +90,10 @@ class FusedFeedForward(nn.Module):
 
 
 class StripBlock(nn.Module):
-    """The readable ``Block`` in five calls, the cache's update among them; bfloat16, weights in strips of one format.
+    """The readable ``Block`` in one call, the cache's update among it; bfloat16, weights in strips of one format.
+
+    Without a cache, or over one of another type than the activations, it is a block of parts (``FusedAttention``,
+    ``FusedFeedForward``). The one call takes no mask: what a token may see follows from its position.
 
     Args:
         block: whose norms and dimensions are taken over.
@@ -96,7 +101,8 @@ class StripBlock(nn.Module):
         o_proj: maps ``Hq · D`` channels back.
         gate_up_proj: maps hidden to twice the intermediate size, gate first; no bias.
         down_proj: maps back; no bias.
-        kernels: what has queries look at keys and values.
+        kernels: how the parts compute; the one call uses the same.
+        window: width of a sliding window, or ``None``.
     """
 
     def __init__(
@@ -107,20 +113,19 @@ class StripBlock(nn.Module):
         gate_up_proj: StripLinear,
         down_proj: StripLinear,
         kernels: AttentionKernels,
+        window: int | None,
     ) -> None:
         super().__init__()
-        attention = block.self_attn
-        self.layer = attention.layer
-        self.num_heads, self.num_kv_heads = attention.num_heads, attention.num_kv_heads
+        self.window = NO_WINDOW if window is None else window
         self.input_layernorm, self.post_attention_layernorm = block.input_layernorm, block.post_attention_layernorm
-        self.self_attn = attention  # the norms of queries and keys are left of it, under the names of a checkpoint
-        self.qkv_proj, self.o_proj = qkv_proj, o_proj
-        self.gate_up_proj, self.down_proj = gate_up_proj, down_proj
-        self.attend, self.skips_hidden = kernels.attend, kernels.skips_hidden
+        self.self_attn = FusedAttention(block.self_attn, qkv_proj, o_proj, kernels)
+        self.mlp = FusedFeedForward(gate_up_proj, down_proj)
+        self.linears = (qkv_proj, o_proj, gate_up_proj, down_proj)
+        self.skips_hidden = kernels.skips_hidden
 
     @classmethod
     def where_it_suits(
-        cls, block: Block, linears: Sequence[nn.Module], kernels: AttentionKernels | None
+        cls, block: Block, linears: Sequence[nn.Module], kernels: AttentionKernels | None, window: int | None
     ) -> StripBlock | None:
         """One for these four linears, in the order above, and these kernels, if there can be one."""
         strips = [linear for linear in linears if isinstance(linear, StripLinear)]
@@ -129,36 +134,26 @@ class StripBlock(nn.Module):
         if kernels is None or not kernels.skips_hidden or not alike or biased:
             return None
         qkv, out, gate_up, down = strips
-        return cls(block, qkv, out, gate_up, down, kernels)
+        return cls(block, qkv, out, gate_up, down, kernels, window)
 
     def forward(
         self, x: Tensor, positions: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor, cache: KVCache | None
     ) -> Tensor:
         """As :meth:`axon_llm.model.Block.forward`."""
-        B, T, _ = x.shape
-        Hq, Hkv = self.num_heads, self.num_kv_heads
-        qkv, out, gate_up, down = self.qkv_proj, self.o_proj, self.gate_up_proj, self.down_proj
-        kind, how = qkv.strip_kind, qkv.products
-        norm, eps = self.input_layernorm.weight, self.input_layernorm.eps
-        q_norm, k_norm = _weight(self.self_attn.q_norm), _weight(self.self_attn.k_norm)
-        heads = torch.ops.axon.strips_qkv(
-            x, norm, eps, qkv.strips, qkv.scale, qkv.bias, q_norm, k_norm, *rope, Hq, Hkv, kind, how
-        )  # [B, T, Hq + 2·Hkv, D]
-        turned = heads.transpose(1, 2)
-        if cache is not None and cache.k.dtype == x.dtype:
-            k, v = cache.layer(self.layer)  # [B, Hkv, S, D]
-            torch.ops.axon.strips_remember(heads, positions, k, v)  # what cache.update does, as one call
-        else:
-            k, v = turned[:, Hq : Hq + Hkv], turned[:, Hq + Hkv :]
-            if cache is not None:
-                k, v = cache.update(self.layer, positions, k, v)
-        seen = self.attend(turned[:, :Hq], k, v, mask).transpose(1, 2).reshape(B, T, -1)  # [B, T, Hq · D]
-        x = torch.ops.axon.strips_add(seen, out.strips, out.scale, out.bias, x, kind, how)
-        norm, eps = self.post_attention_layernorm.weight, self.post_attention_layernorm.eps
-        mixed: Tensor = torch.ops.axon.strips_feed_forward(
-            x, norm, eps, gate_up.strips, gate_up.scale, down.strips, down.scale, down.in_features, kind, how
-        )
-        return mixed
+        attention, first, second = self.self_attn, self.input_layernorm, self.post_attention_layernorm
+        if cache is None or cache.k.dtype != x.dtype:
+            x = x + attention(first(x), positions, rope, mask, cache)
+            return x + self.mlp(second(x))
+        keys, values = cache.layer(attention.layer)  # [B, Hkv, S, D] each
+        qkv, out, gate_up, down = self.linears
+        y: Tensor = torch.ops.axon.strips_block(
+            x, positions, *rope, keys, values, self.window, attention.num_heads,
+            first.weight, first.eps, qkv.strips, qkv.scale, qkv.bias, _weight(attention.q_norm),
+            _weight(attention.k_norm), out.strips, out.scale, out.bias,
+            second.weight, second.eps, gate_up.strips, gate_up.scale, down.strips, down.scale, down.in_features,
+            qkv.strip_kind, qkv.products,
+        )  # fmt: skip
+        return y
 
 
 def _weight(norm: nn.Module) -> Tensor | None:

@@ -37,17 +37,11 @@ _library.define("bf16_attention(Tensor q, Tensor k, Tensor v, Tensor mask, int p
 _library.define("read_words(Tensor x) -> Tensor")
 _library.define("bf16_rotate(Tensor x, Tensor cos, Tensor sin) -> Tensor")
 _library.define(
-    "strips_qkv(Tensor x, Tensor norm, float eps, Tensor strips, Tensor? scale, Tensor? bias, Tensor? q_norm,"
-    " Tensor? k_norm, Tensor cos, Tensor sin, int heads, int kv_heads, int kind, int products) -> Tensor"
-)
-_library.define("strips_remember(Tensor heads, Tensor positions, Tensor(a!) keys, Tensor(b!) values) -> ()")
-_library.define(
-    "strips_add(Tensor x, Tensor strips, Tensor? scale, Tensor? bias, Tensor residual, int kind, int products)"
-    " -> Tensor"
-)
-_library.define(
-    "strips_feed_forward(Tensor x, Tensor norm, float eps, Tensor gate_up, Tensor? gate_up_scale, Tensor down,"
-    " Tensor? down_scale, int intermediate, int kind, int products) -> Tensor"
+    "strips_block(Tensor x, Tensor positions, Tensor cos, Tensor sin, Tensor(a!) keys, Tensor(b!) values, int window,"
+    " int heads, Tensor norm, float eps, Tensor qkv, Tensor? qkv_scale,"
+    " Tensor? qkv_bias, Tensor? q_norm, Tensor? k_norm, Tensor out, Tensor? out_scale, Tensor? out_bias,"
+    " Tensor second_norm, float second_eps, Tensor gate_up, Tensor? gate_up_scale, Tensor down, Tensor? down_scale,"
+    " int intermediate, int kind, int products) -> Tensor"
 )
 
 
@@ -224,30 +218,6 @@ def _bf16_rotate_shape(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
-@torch.library.register_fake("axon::strips_qkv", lib=_library)
-def _strips_qkv_shape(
-    x: Tensor, norm: Tensor, eps: float, strips: Tensor, scale: Tensor | None, bias: Tensor | None,
-    q_norm: Tensor | None, k_norm: Tensor | None, cos: Tensor, sin: Tensor, heads: int, kv_heads: int, kind: int,
-    products: int,
-) -> Tensor:  # fmt: skip
-    return x.new_empty(*x.shape[:2], heads + 2 * kv_heads, cos.shape[3])
-
-
-@torch.library.register_fake("axon::strips_remember", lib=_library)
-def _strips_remember_shape(heads: Tensor, positions: Tensor, keys: Tensor, values: Tensor) -> None:
-    return None
-
-
-@torch.library.register_fake("axon::strips_add", lib=_library)
-def _strips_add_shape(
-    x: Tensor, strips: Tensor, scale: Tensor | None, bias: Tensor | None, residual: Tensor, kind: int, products: int
-) -> Tensor:
-    return x.new_empty(residual.shape)
-
-
-@torch.library.register_fake("axon::strips_feed_forward", lib=_library)
-def _strips_feed_forward_shape(
-    x: Tensor, norm: Tensor, eps: float, gate_up: Tensor, gate_up_scale: Tensor | None, down: Tensor,
-    down_scale: Tensor | None, intermediate: int, kind: int, products: int,
-) -> Tensor:  # fmt: skip
+@torch.library.register_fake("axon::strips_block", lib=_library)
+def _strips_block_shape(x: Tensor, *_: object) -> Tensor:
     return x.new_empty(x.shape)

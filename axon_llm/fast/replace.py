@@ -124,7 +124,7 @@ def fuse(
         down = make(f"{prefix}.mlp.down_proj", _take(mlp, "down_proj"))
         linears = (qkv, out, gate_up, down)
         window = model.config.layer_windows[index]
-        if fused := StripBlock.where_it_suits(block, linears, kernels) or GpuBlock.where_it_suits(
+        if fused := StripBlock.where_it_suits(block, linears, kernels, window) or GpuBlock.where_it_suits(
             block, linears, window
         ):
             blocks[index] = fused

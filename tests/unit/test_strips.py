@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -403,7 +404,7 @@ def test_attention_is_ours_only_in_bfloat16_on_a_cpu_with_kernels() -> None:
 @pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize("config", [CONFIG, QWEN], ids=["llama", "biases-and-qk-norm"])
 @pytest.mark.parametrize("rows", [1, 3])
-def test_a_block_in_five_calls_gives_what_the_products_one_by_one_do(
+def test_a_block_in_one_call_gives_what_the_products_one_by_one_do(
     kind: str, config: ModelConfig, rows: int, way: ops.Products, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fast() -> Transformer:
@@ -421,29 +422,60 @@ def test_a_block_in_five_calls_gives_what_the_products_one_by_one_do(
 
 @kernels
 @pytest.mark.parametrize("tokens", [1, 5])
-def test_keys_and_values_are_remembered_as_the_cache_itself_does(tokens: int) -> None:
-    assert native.load()
-    caches = [KVCache(CONFIG, slots=3, max_seq_len=16, dtype=torch.bfloat16) for _ in range(2)]
-    views = [cache.view(slots=2, length=12) for cache in caches]
+def test_keys_and_values_are_remembered_as_the_cache_itself_does(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    caches = []
     positions = torch.stack([torch.arange(tokens), torch.arange(7, 7 + tokens)])  # [B, T]
-    heads = numbers(2, tokens, CONFIG.num_heads + 2 * CONFIG.num_kv_heads, CONFIG.head_dim).bfloat16()
-    k, v = heads.transpose(1, 2)[:, CONFIG.num_heads :].chunk(2, dim=1)
-    views[0].update(1, positions, k, v)
-    torch.ops.axon.strips_remember(heads, positions, *views[1].layer(1))
-    assert torch.equal(caches[0].k, caches[1].k)
-    assert torch.equal(caches[0].v, caches[1].v)
-    assert caches[0].k.any()
+    for together in (True, False):
+        if not together:
+            monkeypatch.setattr(StripBlock, "where_it_suits", lambda *_: None)
+        model = accelerate(random_model(CONFIG, torch.bfloat16))
+        caches.append(KVCache(CONFIG, slots=3, max_seq_len=16, dtype=torch.bfloat16))
+        model(positions % CONFIG.vocab_size, positions, caches[-1].view(slots=2, length=12))
+    for one, other in ((caches[0].k, caches[1].k), (caches[0].v, caches[1].v)):
+        assert one.any()
+        assert torch.equal(one != 0, other != 0)
+        assert torch.equal(one[0], other[0])  # the first layer's are the same product; later ones follow attention
+        assert relative(one.float(), other.float()) < 0.02
+
+
+@kernels
+@pytest.mark.parametrize("window", [3, 64, 70])
+def test_a_block_sees_as_far_as_its_window(window: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def last(config: ModelConfig) -> torch.Tensor:
+        model = accelerate(random_model(config, torch.bfloat16))
+        cache = KVCache(config, slots=2, max_seq_len=200, dtype=torch.bfloat16)
+        positions = torch.stack([torch.arange(150), torch.arange(20, 170)])
+        model((7 * positions) % config.vocab_size, positions, cache)
+        return model(torch.tensor([[1], [2]]), positions[:, -1:] + 1, cache)
+
+    windows = (window,) + (None,) * (CONFIG.num_layers - 1)
+    narrow, wide = last(replace(CONFIG, layer_windows=windows)), last(CONFIG)
+    monkeypatch.setattr(StripBlock, "where_it_suits", lambda *_: None)
+    masked = last(replace(CONFIG, layer_windows=windows))
+    assert relative(narrow, masked) < 0.02
+    assert relative(wide, masked) > 0.02
 
 
 @kernels
 def test_nothing_is_remembered_beyond_the_cache() -> None:
-    assert native.load()
+    model = accelerate(random_model(CONFIG, torch.bfloat16))
     cache = KVCache(CONFIG, slots=1, max_seq_len=8, dtype=torch.bfloat16)
-    heads = numbers(1, 1, CONFIG.num_heads + 2 * CONFIG.num_kv_heads, CONFIG.head_dim).bfloat16()
     for position in (-1, 8):
         with pytest.raises(RuntimeError, match=f"no position {position}"):
-            torch.ops.axon.strips_remember(heads, torch.tensor([[position]]), *cache.layer(0))
+            model(torch.tensor([[1]]), torch.tensor([[position]]), cache)
     assert not cache.k.any()
+
+
+@kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_block_takes_a_cache_of_another_type_and_none(dtype: torch.dtype) -> None:
+    model = accelerate(random_model(CONFIG, torch.bfloat16))
+    assert all(isinstance(block, StripBlock) for block in model.layers)
+    tokens = torch.arange(9)[None] % CONFIG.vocab_size
+    positions = torch.arange(9)[None]
+    cache = KVCache(CONFIG, slots=1, max_seq_len=16, dtype=dtype)
+    cached = torch.cat([model(tokens[:, t : t + 1], positions[:, t : t + 1], cache) for t in range(9)], dim=1)
+    assert relative(model(tokens, positions), cached) < 0.02
 
 
 def run_builder(cache: Path, **environment: str) -> "subprocess.CompletedProcess[str]":

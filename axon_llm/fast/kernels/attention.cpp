@@ -1,157 +1,18 @@
-// Attention over the cache: two products with strips (attention.h), and a softmax between them that is taken piece by
-// piece. Each row carries its largest score so far; when a larger one comes, what was summed before is scaled down
-// (Milakov and Gimelshein, 2018; Dao et al., 2022, "FlashAttention").
-//
-// Pieces that no row of a task may see are skipped, so neither the future nor the unused tail of a cache is read.
-//
-// Legend: B slots, T new tokens, S positions, Hq/Hkv query and KV heads, G = Hq / Hkv, D head_dim; a *row* is one query
-// head of one token, row t * G + g of its KV head.
-
-#include "attention.h"
+// Attention over the cache as an operator.
 
 #include <torch/csrc/stable/library.h>
 
-#include <cmath>
-#include <limits>
+#include "attend.h"
 
 namespace {
 
-constexpr int64_t ROWS = 64;  // of a task, at most
-
-struct Shape {
-  int64_t B, Hq, Hkv, G, T, S, D;
-};
-
-// The pieces of which rows from `begin` to `end` may see something, by their first positions.
-inline std::vector<int64_t> visible_pieces(const Shape& z, int64_t begin, int64_t end, const uint8_t* mask) {
-  std::vector<int64_t> pieces;
-  for (int64_t s = 0; s < z.S; s += PIECE) {
-    uint64_t any = 0;
-    for (int64_t t = begin / z.G; t <= (end - 1) / z.G && any == 0; t++) any = set_at(mask + t * z.S + s, z.S - s);
-    if (any != 0) pieces.push_back(s);
-  }
-  return pieces;
-}
-
-// A slot's keys and values of one KV head.
-struct Heads {
-  const uint16_t *k, *v;
-};
-
-// Rows from `begin` to `end` of one slot and KV head; `then` is looked at next.
-template <class Format>
-void attend_rows(const Shape& z, const uint16_t* const* queries, int64_t begin, int64_t end, const Heads& here,
-                 const Heads& then, int64_t k_stride, int64_t v_stride, const uint8_t* mask, uint16_t* const* out) {
-  const int64_t R = end - begin, rows = Format::places(R), key_blocks = pieces_of(z.D, Format::INPUTS);
-  // one after the other, in registers' worth: strips, scores, sums
-  const int64_t room_size = PIECE * key_blocks, score_size = PIECE / 16 * rows;  // room: values take as much as keys
-  const int64_t sum_size = Format::sums(rows, z.D);
-  const Memory owned = memory(16 * (room_size + score_size + sum_size));
-  auto* registers = reinterpret_cast<Floats*>(owned.get());
-  Floats *scores = registers + room_size, *sums = scores + score_size;
-  std::fill(sums, sums + sum_size, all(0.0f));
-
-  Activations a(rows), weights(rows);
-  std::vector<uint16_t> looking(R * z.D);
-  for (int64_t r = 0; r < R; r++) std::memcpy(looking.data() + r * z.D, queries[begin + r], z.D * 2);
-  Format::prepare(looking.data(), R, z.D, key_blocks, a);
-  int32_t* words = weights.allocate(Format::words(rows));
-  const Format products(a, R, z.D, reinterpret_cast<uint8_t*>(registers));
-
-  float most[ROWS], total[ROWS];
-  std::fill(most, most + R, -std::numeric_limits<float>::infinity());
-  std::fill(total, total + R, 0.0f);
-  const Floats scale = all(1.0f / std::sqrt(static_cast<float>(z.D)));
-  const Floats nothing = all(-std::numeric_limits<float>::infinity());
-
-  const std::vector<int64_t> pieces = visible_pieces(z, begin, end, mask);
-  for (size_t i = 0; i < pieces.size(); i++) {
-    const bool more = i + 1 < pieces.size();
-    const Heads& then_here = more ? here : then;
-    const int64_t s = pieces[i], next = more ? pieces[i + 1] : pieces[0], count = std::min(PIECE, z.S - s);
-    products.score({here.k + s * k_stride, then_here.k + next * k_stride, k_stride, count, z.D}, scores);
-    const Piece v{here.v + s * v_stride, then_here.v + next * v_stride, v_stride, count, z.D};
-    for (int64_t r = 0; r < R; r++) {
-      products.meanwhile(v, r);
-      const uint64_t seen = set_at(mask + (begin + r) / z.G * z.S + s, count);
-      if (seen == 0 && total[r] == 0.0f) {  // nothing yet: no largest score to compare with
-        for (int64_t l = 0; l < PIECE; l += 16) products.put_weights(words, r, l, all(0.0f));
-        continue;
-      }
-      Floats x[4], most_here = nothing;
-#pragma GCC unroll 4
-      for (int l = 0; l < 4; l++) {
-        x[l] = choose(static_cast<uint16_t>(seen >> (16 * l)), scores[l * rows + r] * scale, nothing);
-        most_here = larger(most_here, x[l]);
-      }
-      const float before = most[r], now = std::max(before, largest(most_here));
-      const float shrink = before == now ? 1.0f : std::exp(before - now);
-      Floats weight = all(0.0f);
-#pragma GCC unroll 4
-      for (int l = 0; l < 4; l++) {
-        const Floats p = choose(static_cast<uint16_t>(seen >> (16 * l)), exponential(x[l] - all(now)), all(0.0f));
-        weight = weight + p;
-        products.put_weights(words, r, 16 * l, p);
-      }
-      most[r] = now;
-      total[r] = total[r] * shrink + sum(weight);
-      if (shrink != 1.0f) products.scale(sums, r, all(shrink));
-    }
-    products.add(weights, v, sums);
-  }
-  for (int64_t r = 0; r < R; r++) products.finish(sums, r, all(1.0f / total[r]), out[begin + r]);
-}
-
-template <class Format, class Held = int64_t>
-Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& mask) {
-  const Shape z{q.size(0), q.size(1), k.size(1), q.size(1) / k.size(1), q.size(2), k.size(2), q.size(3)};
-  STD_TORCH_CHECK(q.scalar_type() == BFLOAT16 && k.scalar_type() == BFLOAT16 && v.scalar_type() == BFLOAT16 &&
-                      q.stride(3) == 1 && k.stride(3) == 1 && v.stride(3) == 1,
-                  "bfloat16 heads with their channels side by side are wanted");
-  STD_TORCH_CHECK(mask.size(1) == 1 && mask.size(2) == z.T && mask.size(3) == z.S,
-                  "a mask [B or 1, 1, T, S] is wanted");
-  Tensor y = blank({z.B, z.Hq, z.T, z.D}, q);
-  const Tensor seen = in_order(mask);  // [B or 1, 1, T, S]
-  const auto* query = static_cast<const uint16_t*>(q.const_data_ptr());
-  const auto* key = static_cast<const uint16_t*>(k.const_data_ptr());
-  const auto* value = static_cast<const uint16_t*>(v.const_data_ptr());
-  const auto* masks = static_cast<const uint8_t*>(seen.const_data_ptr());
-  auto* result = static_cast<uint16_t*>(y.mutable_data_ptr());
-  const int64_t all = z.T * z.G, tasks = pieces_of(all, ROWS);
-  const int64_t count = z.B * z.Hkv * tasks;
-  share(count, 1, [&](Pieces& pieces) {
-    std::vector<const uint16_t*> queries(all);
-    std::vector<uint16_t*> out(all);
-    [[maybe_unused]] const Held held(TILE);
-    for (int64_t task, last; pieces.take(task, last);)
-      for (; task < last; task++) {
-        const int64_t b = task / (z.Hkv * tasks), h = task / tasks % z.Hkv, begin = task % tasks * ROWS;
-        const int64_t end = std::min(begin + ROWS, all);
-        for (int64_t r = begin; r < end; r++) {
-          const int64_t t = r / z.G, head = h * z.G + r % z.G;
-          queries[r] = query + b * q.stride(0) + head * q.stride(1) + t * q.stride(2);
-          out[r] = result + ((b * z.Hq + head) * z.T + t) * z.D;
-        }
-        const int64_t next = std::min(task + 1, count - 1), next_b = next / (z.Hkv * tasks),
-                      next_h = next / tasks % z.Hkv;
-        const Heads here{key + b * k.stride(0) + h * k.stride(1), value + b * v.stride(0) + h * v.stride(1)};
-        const Heads then{key + next_b * k.stride(0) + next_h * k.stride(1),
-                         value + next_b * v.stride(0) + next_h * v.stride(1)};
-        attend_rows<Format>(z, queries.data(), begin, end, here, then, k.stride(2), v.stride(2),
-                            masks + (seen.size(0) == 1 ? 0 : b * z.T * z.S), out.data());
-      }
-  });
-  return y;
-}
-
+// q [B, Hq, T, D], k and v [B, Hkv, S, D], mask [B or 1, 1, T, S] → [B, Hq, T, D].
 Tensor bf16_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& mask, int64_t products) {
-#ifdef AXON_TILES
-  if (products == TILES && tiles_allowed()) return attend<ByTiles, Tiles>(q, k, v, mask);
-#endif
-#ifdef AXON_PAIRS
-  if (products != WIDE) return attend<ByVectors<Pairs>>(q, k, v, mask);
-#endif
-  return attend<ByVectors<WidePairs>>(q, k, v, mask);
+  const Shape z{q.size(0), q.size(1), k.size(1), q.size(1) / k.size(1), q.size(2), k.size(2), q.size(3)};
+  Tensor y = blank({z.B, z.Hq, z.T, z.D}, q);
+  attend(z, heads_of(q), heads_of(k), heads_of(v), Masked(mask, z),
+         {static_cast<uint16_t*>(y.mutable_data_ptr()), y.stride(0), y.stride(1), y.stride(2)}, products);
+  return y;
 }
 
 }  // namespace

@@ -6,7 +6,7 @@
 //
 // Legend: D head_dim; a *row* is one query head of one token
 //
-// Read next: attention.cpp.
+// Read next: attend.h.
 
 #pragma once
 

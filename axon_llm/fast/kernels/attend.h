@@ -1,0 +1,192 @@
+// Attention over the cache: two products with strips (attention.h), and a softmax between them that is taken piece by
+// piece. Each row carries its largest score so far; when a larger one comes, what was summed before is scaled down
+// (Milakov and Gimelshein, 2018; Dao et al., 2022, "FlashAttention").
+//
+// Pieces that no row of a task may see are skipped, so neither the future nor the unused tail of a cache is read.
+//
+// Legend: B slots, T new tokens, S positions, Hq/Hkv query and KV heads, G = Hq / Hkv, D head_dim; a *row* is one query
+// head of one token, row t * G + g of its KV head.
+
+#pragma once
+
+#include <cmath>
+#include <limits>
+
+#include "attention.h"
+
+namespace {
+
+constexpr int64_t ROWS = 64;  // of a task, at most
+
+struct Shape {
+  int64_t B, Hq, Hkv, G, T, S, D;
+};
+
+// Where the heads of some tokens are, and how far apart slots, heads and tokens.
+template <class X>
+struct Heads {
+  X* from;
+  int64_t slot, head, token;
+
+  X* at(int64_t b, int64_t h, int64_t t) const { return from + b * slot + h * head + t * token; }
+};
+// Of a tensor [B, H, T, D] with its channels side by side.
+inline Heads<const uint16_t> heads_of(const Tensor& x) {
+  STD_TORCH_CHECK(x.scalar_type() == BFLOAT16 && x.stride(3) == 1,
+                  "bfloat16 heads with their channels side by side are wanted");
+  return {static_cast<const uint16_t*>(x.const_data_ptr()), x.stride(0), x.stride(1), x.stride(2)};
+}
+
+// Which positions a token may see: bit i of at(b, t, s) is position s + i. By a mask [B or 1, 1, T, S], …
+class Masked {
+ public:
+  Masked(const Tensor& mask, const Shape& z)
+      : mask_(in_order(mask)), step_(mask.size(0) == 1 ? 0 : z.T * z.S), S_(z.S) {
+    STD_TORCH_CHECK(mask.size(1) == 1 && mask.size(2) == z.T && mask.size(3) == z.S,
+                    "a mask [B or 1, 1, T, S] is wanted");
+  }
+  uint64_t at(int64_t b, int64_t t, int64_t s) const {
+    return set_at(static_cast<const uint8_t*>(mask_.const_data_ptr()) + b * step_ + t * S_ + s, S_ - s);
+  }
+
+ private:
+  const Tensor mask_;
+  const int64_t step_, S_;
+};
+
+// … or by its own position [B, T]: itself and what came before it, `window` tokens in all.
+class Causal {
+ public:
+  Causal(const int64_t* positions, int64_t T, int64_t window) : positions_(positions), T_(T), window_(window) {}
+  uint64_t at(int64_t b, int64_t t, int64_t s) const {
+    const int64_t past = positions_[b * T_ + t] + 1 - s;
+    return first(past) & ~first(past - window_);
+  }
+
+ private:
+  static uint64_t first(int64_t count) {
+    return count >= 64 ? ~uint64_t{0} : count <= 0 ? 0 : (uint64_t{1} << count) - 1;
+  }
+  const int64_t* const positions_;
+  const int64_t T_, window_;
+};
+
+// The pieces of which rows from `begin` to `end` may see something, by their first positions.
+inline std::vector<int64_t> visible_pieces(const Shape& z, int64_t b, int64_t begin, int64_t end, const auto& sight) {
+  std::vector<int64_t> pieces;
+  for (int64_t s = 0; s < z.S; s += PIECE) {
+    uint64_t any = 0;
+    for (int64_t t = begin / z.G; t <= (end - 1) / z.G && any == 0; t++) any = sight.at(b, t, s);
+    if (any != 0) pieces.push_back(s);
+  }
+  return pieces;
+}
+
+// A slot's keys and values of one KV head.
+struct KeysAndValues {
+  const uint16_t *k, *v;
+};
+
+// Rows from `begin` to `end` of one slot and KV head; `then` is looked at next.
+template <class Format>
+void attend_rows(const Shape& z, int64_t b, const uint16_t* const* queries, int64_t begin, int64_t end,
+                 const KeysAndValues& here, const KeysAndValues& then, int64_t k_stride, int64_t v_stride,
+                 const auto& sight, uint16_t* const* out) {
+  const int64_t R = end - begin, rows = Format::places(R), key_blocks = pieces_of(z.D, Format::INPUTS);
+  // one after the other, in registers' worth: strips, scores, sums
+  const int64_t room_size = PIECE * key_blocks, score_size = PIECE / 16 * rows;  // room: values take as much as keys
+  const int64_t sum_size = Format::sums(rows, z.D);
+  const Memory owned = memory(16 * (room_size + score_size + sum_size));
+  auto* registers = reinterpret_cast<Floats*>(owned.get());
+  Floats *scores = registers + room_size, *sums = scores + score_size;
+  std::fill(sums, sums + sum_size, all(0.0f));
+
+  Activations a(rows), weights(rows);
+  std::vector<uint16_t> looking(R * z.D);
+  for (int64_t r = 0; r < R; r++) std::memcpy(looking.data() + r * z.D, queries[begin + r], z.D * 2);
+  Format::prepare(looking.data(), R, z.D, key_blocks, a);
+  int32_t* words = weights.allocate(Format::words(rows));
+  const Format products(a, R, z.D, reinterpret_cast<uint8_t*>(registers));
+
+  float most[ROWS], total[ROWS];
+  std::fill(most, most + R, -std::numeric_limits<float>::infinity());
+  std::fill(total, total + R, 0.0f);
+  const Floats scale = all(1.0f / std::sqrt(static_cast<float>(z.D)));
+  const Floats nothing = all(-std::numeric_limits<float>::infinity());
+
+  const std::vector<int64_t> pieces = visible_pieces(z, b, begin, end, sight);
+  for (size_t i = 0; i < pieces.size(); i++) {
+    const bool more = i + 1 < pieces.size();
+    const KeysAndValues& then_here = more ? here : then;
+    const int64_t s = pieces[i], next = more ? pieces[i + 1] : pieces[0], count = std::min(PIECE, z.S - s);
+    products.score({here.k + s * k_stride, then_here.k + next * k_stride, k_stride, count, z.D}, scores);
+    const Piece v{here.v + s * v_stride, then_here.v + next * v_stride, v_stride, count, z.D};
+    for (int64_t r = 0; r < R; r++) {
+      products.meanwhile(v, r);
+      const uint64_t seen = sight.at(b, (begin + r) / z.G, s);
+      if (seen == 0 && total[r] == 0.0f) {  // nothing yet: no largest score to compare with
+        for (int64_t l = 0; l < PIECE; l += 16) products.put_weights(words, r, l, all(0.0f));
+        continue;
+      }
+      Floats x[4], most_here = nothing;
+#pragma GCC unroll 4
+      for (int l = 0; l < 4; l++) {
+        x[l] = choose(static_cast<uint16_t>(seen >> (16 * l)), scores[l * rows + r] * scale, nothing);
+        most_here = larger(most_here, x[l]);
+      }
+      const float before = most[r], now = std::max(before, largest(most_here));
+      const float shrink = before == now ? 1.0f : std::exp(before - now);
+      Floats weight = all(0.0f);
+#pragma GCC unroll 4
+      for (int l = 0; l < 4; l++) {
+        const Floats p = choose(static_cast<uint16_t>(seen >> (16 * l)), exponential(x[l] - all(now)), all(0.0f));
+        weight = weight + p;
+        products.put_weights(words, r, 16 * l, p);
+      }
+      most[r] = now;
+      total[r] = total[r] * shrink + sum(weight);
+      if (shrink != 1.0f) products.scale(sums, r, all(shrink));
+    }
+    products.add(weights, v, sums);
+  }
+  for (int64_t r = 0; r < R; r++) products.finish(sums, r, all(1.0f / total[r]), out[begin + r]);
+}
+
+// Queries q [B, Hq, T] look at keys and values k, v [B, Hkv, S] that they may see: y as q.
+template <class Format, class Held = int64_t>
+void attend_by(const Shape& z, const Heads<const uint16_t>& q, const Heads<const uint16_t>& k,
+               const Heads<const uint16_t>& v, const auto& sight, const Heads<uint16_t>& y) {
+  const int64_t all = z.T * z.G, tasks = pieces_of(all, ROWS);
+  const int64_t count = z.B * z.Hkv * tasks;
+  share(count, 1, [&](Pieces& pieces) {
+    std::vector<const uint16_t*> queries(all);
+    std::vector<uint16_t*> out(all);
+    [[maybe_unused]] const Held held(TILE);
+    for (int64_t task, last; pieces.take(task, last);)
+      for (; task < last; task++) {
+        const int64_t b = task / (z.Hkv * tasks), h = task / tasks % z.Hkv, begin = task % tasks * ROWS;
+        const int64_t end = std::min(begin + ROWS, all);
+        for (int64_t r = begin; r < end; r++) {
+          const int64_t t = r / z.G, head = h * z.G + r % z.G;
+          queries[r] = q.at(b, head, t), out[r] = y.at(b, head, t);
+        }
+        const int64_t next = std::min(task + 1, count - 1), b_next = next / (z.Hkv * tasks),
+                      h_next = next / tasks % z.Hkv;
+        attend_rows<Format>(z, b, queries.data(), begin, end, {k.at(b, h, 0), v.at(b, h, 0)},
+                            {k.at(b_next, h_next, 0), v.at(b_next, h_next, 0)}, k.token, v.token, sight, out.data());
+      }
+  });
+}
+
+inline void attend(const Shape& z, const Heads<const uint16_t>& q, const Heads<const uint16_t>& k,
+                   const Heads<const uint16_t>& v, const auto& sight, const Heads<uint16_t>& y, int64_t products) {
+#ifdef AXON_TILES
+  if (products == TILES && tiles_allowed()) return attend_by<ByTiles, Tiles>(z, q, k, v, sight, y);
+#endif
+#ifdef AXON_PAIRS
+  if (products != WIDE) return attend_by<ByVectors<Pairs>>(z, q, k, v, sight, y);
+#endif
+  attend_by<ByVectors<WidePairs>>(z, q, k, v, sight, y);
+}
+
+}  // namespace
