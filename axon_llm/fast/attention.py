@@ -1,4 +1,4 @@
-"""Attention and rotary positions by our own kernels, where there are any for this CPU: see ``kernels/attention.cpp``.
+"""Attention and rotary positions by our own kernels, where there are any for this CPU: see ``kernels/attend.h``.
 
 PyTorch's fused CPU kernel works in blocks that it converts to float32, unless there is a matrix unit to multiply them
 with. Ours multiplies bfloat16 as it is, by the matrix unit where there is one, reads keys and values once for all query

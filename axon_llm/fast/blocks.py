@@ -1,9 +1,8 @@
 """Blocks with fewer calls than the readable one: parallel projections fused, and with strips what surrounds them too.
 
 Query, key and value read the same input; so do gate and up. One matrix of their rows one below the other is one call
-instead of three, or two, and one longer stretch of memory to read. Where our own kernels multiply, norms, rotary
-positions, the gate and the addition to the stream happen in the same call as the product next to them
-(``kernels/block.cpp``): a step of one token is otherwise busy calling for a tenth of its time.
+instead of three, or two, and one longer stretch of memory to read. Where our own kernels multiply, all of a block is
+one call (``kernels/block.cpp``): a step of one token is otherwise busy calling for a tenth of its time.
 
 Legend: B slots · T new tokens · Hq/Hkv query and KV heads · D head_dim
 """

@@ -1,4 +1,4 @@
-// Weights in strips, and rows of activations multiplied by them: what linear.cpp and attention.cpp share.
+// Weights in strips, and rows of activations multiplied by them: what linear.h and attention.h share.
 //
 // A decode step is bound by reading its weights, and memory is read fastest as one stream from front to back. So the
 // weights of 16 output channels lie together, as a *strip*: 64 bytes hold the next four bytes of each of the 16, the
