@@ -62,7 +62,7 @@ constexpr auto AHEAD_INTO = _MM_HINT_T0;
 constexpr int64_t AHEAD = 12288, AHEAD_ROWS = 4;
 constexpr auto AHEAD_INTO = _MM_HINT_T1;
 #endif
-// One row takes two strips at once: of int4 that is 1.04 times as fast on Intel with AMX, elsewhere slower.
+// One row takes two strips at once: of int4 that is 1.04 times as fast on Intel with AMX, on Zen 4 slower.
 constexpr bool ALONE_BY_TWO = AHEAD_ROWS == 1;
 
 // Words of memory whose beginning a register can be read from at once.
