@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from axon_llm.fast import native, ops
+from axon_llm.fast import native, ops, pages
 from axon_llm.fast.linear import FastLinear
 from axon_llm.fast.quantise import GROUP
 
@@ -41,7 +41,7 @@ def lay(words: Sequence[Tensor], block: int) -> Tensor:
     if any(len(part) % LANES for part in words[:-1]):
         words = (torch.cat(tuple(words)),)
     length = -(-words[0].shape[1] // block) * block
-    strips = words[0].new_empty(-(-sum(map(len, words)) // LANES), length, LANES)
+    strips = pages.weights.empty((-(-sum(map(len, words)) // LANES), length, LANES), words[0].dtype)
     first = 0
     for part in words:
         here = strips[first : first + -(-len(part) // LANES)]
