@@ -40,6 +40,24 @@ class Block(nn.Module):
         return mixed
 
 
+class Blocks(nn.ModuleList):
+    """The layers, one after the other, each with a window of its own on what came before."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(Block(config, layer) for layer in range(config.num_layers))
+        self.windows = config.layer_windows
+
+    def forward(self, x: Tensor, positions: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache | None) -> Tensor:
+        """Map ``x`` ``[B, T, hidden]`` at ``positions`` ``[B, T]`` to the same shape."""
+        seen = positions  # [B, S]: which positions there are to look at
+        if cache is not None:
+            seen = torch.arange(cache.max_seq_len, device=positions.device)[None]  # [1, S]
+        masks = {window: visible(positions, seen, window) for window in set(self.windows)}
+        for block, window in zip(self, self.windows, strict=True):
+            x = block(x, positions, rope, masks[window], cache)
+        return x
+
+
 class Transformer(nn.Module):
     """A decoder-only transformer of the Llama family (Llama, Mistral, Qwen2, Qwen3).
 
@@ -53,7 +71,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.layers = Blocks(config)
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
@@ -78,13 +96,7 @@ class Transformer(nn.Module):
             Logits, ``[B, T, vocab]`` float32; ``[B, 1, vocab]`` with ``only``.
         """
         x = self.embed_tokens(tokens)  # [B, T, hidden]
-        rope = self.rope(positions, x.dtype)
-        seen = positions  # [B, S]: which positions there are to look at
-        if cache is not None:
-            seen = torch.arange(cache.max_seq_len, device=tokens.device)[None]  # [1, S]
-        masks = {window: visible(positions, seen, window) for window in set(self.config.layer_windows)}
-        for block, window in zip(self.layers, self.config.layer_windows, strict=True):
-            x = block(x, positions, rope, masks[window], cache)
+        x = self.layers(x, positions, self.rope(positions, x.dtype), cache)
         if only is not None:
             x = x.gather(1, only[:, None, None].expand(-1, 1, x.shape[-1]))  # [B, 1, hidden]
         logits: Tensor = self.lm_head(self.norm(x)).float()

@@ -1,15 +1,15 @@
 """Blocks with fewer calls than the readable one: parallel projections fused, and with strips what surrounds them too.
 
 Query, key and value read the same input; so do gate and up. One matrix of their rows one below the other is one call
-instead of three, or two, and one longer stretch of memory to read. Where our own kernels multiply, all of a block is
-one call (``kernels/block.cpp``): a step of one token is otherwise busy calling for a tenth of its time.
+instead of three, or two, and one longer stretch of memory to read. Where our own kernels multiply, all blocks are one
+call (``kernels/blocks.cpp``): a step of one token is otherwise busy calling for a tenth of its time.
 
 Legend: B slots · T new tokens · Hq/Hkv query and KV heads · D head_dim
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from axon_llm.fast.linear import ParallelLinear
 from axon_llm.fast.strips import StripLinear
 from axon_llm.layers.attention import Attention
 from axon_llm.layers.norm import RMSNorm
-from axon_llm.model import Block
+from axon_llm.model import Blocks
 
 NO_WINDOW = 1 << 40  # wider than any sequence
 
@@ -88,72 +88,72 @@ class FusedFeedForward(nn.Module):
         return gated
 
 
-class StripBlock(nn.Module):
-    """The readable ``Block`` in one call, the cache's update among it; bfloat16, weights in strips of one format.
+class StripBlocks(Blocks):
+    """The readable ``Blocks`` in one call, the cache's update among it; bfloat16, weights in strips of one format.
 
-    Without a cache, or over one of another type than the activations, it is a block of parts (``FusedAttention``,
+    Without a cache, or over one of another type than the activations, they are blocks of parts (``FusedAttention``,
     ``FusedFeedForward``). The one call takes no mask: what a token may see follows from its position.
 
     Args:
-        block: whose norms and dimensions are taken over.
-        qkv_proj: maps hidden to ``(Hq + 2 · Hkv) · D`` channels.
-        o_proj: maps ``Hq · D`` channels back.
-        gate_up_proj: maps hidden to twice the intermediate size, gate first; no bias.
-        down_proj: maps back; no bias.
-        kernels: how the parts compute; the one call uses the same.
-        window: width of a sliding window, or ``None``.
+        blocks: of such parts, all with strips, as :meth:`where_they_suit` finds out.
     """
 
-    def __init__(
-        self,
-        block: Block,
-        qkv_proj: StripLinear,
-        o_proj: StripLinear,
-        gate_up_proj: StripLinear,
-        down_proj: StripLinear,
-        kernels: AttentionKernels,
-        window: int | None,
-    ) -> None:
-        super().__init__()
-        self.window = NO_WINDOW if window is None else window
-        self.input_layernorm, self.post_attention_layernorm = block.input_layernorm, block.post_attention_layernorm
-        self.self_attn = FusedAttention(block.self_attn, qkv_proj, o_proj, kernels)
-        self.mlp = FusedFeedForward(gate_up_proj, down_proj)
-        self.linears = (qkv_proj, o_proj, gate_up_proj, down_proj)
-        self.skips_hidden = kernels.skips_hidden
+    def __init__(self, blocks: Blocks) -> None:
+        nn.ModuleList.__init__(self, blocks)
+        self.windows = blocks.windows
+        self._gather()
 
     @classmethod
-    def where_it_suits(
-        cls, block: Block, linears: Sequence[nn.Module], kernels: AttentionKernels | None, window: int | None
-    ) -> StripBlock | None:
-        """One for these four linears, in the order above, and these kernels, if there can be one."""
-        strips = [linear for linear in linears if isinstance(linear, StripLinear)]
-        alike = len(strips) == len(linears) and len({linear.strip_kind for linear in strips}) == 1
-        biased = any(linear.bias is not None for linear in strips[2:])
-        if kernels is None or not kernels.skips_hidden or not alike or biased:
+    def where_they_suit(cls, blocks: Blocks) -> StripBlocks | None:
+        """The same blocks in one call, if there can be one."""
+        parts: list[Any] = [(block.self_attn, block.mlp) for block in blocks]
+        if not all(isinstance(attention, FusedAttention) and attention.skips_hidden for attention, _ in parts):
             return None
-        qkv, out, gate_up, down = strips
-        return cls(block, qkv, out, gate_up, down, kernels, window)
+        linears = [linear for attention, mlp in parts for linear in _linears(attention, mlp)]
+        if not all(isinstance(linear, StripLinear) for linear in linears):
+            return None
+        formats = {linear.strip_kind for linear in linears}
+        epsilons = {norm.eps for norm in blocks.modules() if isinstance(norm, RMSNorm)}
+        biased = any(linear.bias is not None for _, mlp in parts for linear in (mlp.gate_up_proj, mlp.down_proj))
+        if len(formats) > 1 or len(epsilons) > 1 or biased:
+            return None
+        return cls(blocks)
 
-    def forward(
-        self, x: Tensor, positions: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor, cache: KVCache | None
-    ) -> Tensor:
-        """As :meth:`axon_llm.model.Block.forward`."""
-        attention, first, second = self.self_attn, self.input_layernorm, self.post_attention_layernorm
+    def _gather(self) -> None:
+        """Put the arguments of the call together once: to ask 16 blocks for their parts takes as long as a product."""
+        blocks: list[Any] = list(self)  # of Block; the container does not say so
+        attention: list[Any] = [block.self_attn for block in blocks]
+        linears: list[Any] = [linear for block in blocks for linear in _linears(block.self_attn, block.mlp)]
+        norms = [norm for block in blocks for norm in (block.input_layernorm, block.post_attention_layernorm)]
+        head_norms = [norm for part in attention for norm in (part.q_norm, part.k_norm) if isinstance(norm, RMSNorm)]
+        first = linears[0]
+        self._given = (
+            [NO_WINDOW if window is None else window for window in self.windows],
+            attention[0].num_heads,
+            blocks[0].mlp.down_proj.in_features,
+            norms[0].eps,
+            [norm.weight for norm in norms],
+            [linear.strips for linear in linears],
+            [linear.scale for linear in linears if linear.scale is not None],
+            [part.qkv_proj.bias for part in attention if part.qkv_proj.bias is not None],
+            [part.o_proj.bias for part in attention if part.o_proj.bias is not None],
+            [norm.weight for norm in head_norms],
+            first.strip_kind,
+            first.products,
+        )
+
+    def _apply(self, fn: Any, recurse: bool = True) -> StripBlocks:
+        super()._apply(fn, recurse)
+        self._gather()
+        return self
+
+    def forward(self, x: Tensor, positions: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache | None) -> Tensor:
+        """As :meth:`axon_llm.model.Blocks.forward`."""
         if cache is None or cache.k.dtype != x.dtype:
-            x = x + attention(first(x), positions, rope, mask, cache)
-            return x + self.mlp(second(x))
-        keys, values = cache.layer(attention.layer)  # [B, Hkv, S, D] each
-        qkv, out, gate_up, down = self.linears
-        y: Tensor = torch.ops.axon.strips_block(
-            x, positions, *rope, keys, values, self.window, attention.num_heads,
-            first.weight, first.eps, qkv.strips, qkv.scale, qkv.bias, _weight(attention.q_norm),
-            _weight(attention.k_norm), out.strips, out.scale, out.bias,
-            second.weight, second.eps, gate_up.strips, gate_up.scale, down.strips, down.scale, down.in_features,
-            qkv.strip_kind, qkv.products,
-        )  # fmt: skip
+            return super().forward(x, positions, rope, cache)
+        y: Tensor = torch.ops.axon.strips_blocks(x, positions, *rope, cache.k, cache.v, *self._given)
         return y
 
 
-def _weight(norm: nn.Module) -> Tensor | None:
-    return norm.weight if isinstance(norm, RMSNorm) else None
+def _linears(attention: Any, mlp: Any) -> tuple[nn.Module, ...]:
+    return attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj

@@ -37,11 +37,9 @@ _library.define("bf16_attention(Tensor q, Tensor k, Tensor v, Tensor mask, int p
 _library.define("read_words(Tensor x) -> Tensor")
 _library.define("bf16_rotate(Tensor x, Tensor cos, Tensor sin) -> Tensor")
 _library.define(
-    "strips_block(Tensor x, Tensor positions, Tensor cos, Tensor sin, Tensor(a!) keys, Tensor(b!) values, int window,"
-    " int heads, Tensor norm, float eps, Tensor qkv, Tensor? qkv_scale,"
-    " Tensor? qkv_bias, Tensor? q_norm, Tensor? k_norm, Tensor out, Tensor? out_scale, Tensor? out_bias,"
-    " Tensor second_norm, float second_eps, Tensor gate_up, Tensor? gate_up_scale, Tensor down, Tensor? down_scale,"
-    " int intermediate, int kind, int products) -> Tensor"
+    "strips_blocks(Tensor x, Tensor positions, Tensor cos, Tensor sin, Tensor(a!) keys, Tensor(b!) values,"
+    " int[] windows, int heads, int intermediate, float eps, Tensor[] norms, Tensor[] strips, Tensor[] scales,"
+    " Tensor[] qkv_biases, Tensor[] out_biases, Tensor[] head_norms, int kind, int products) -> Tensor"
 )
 
 
@@ -218,6 +216,6 @@ def _bf16_rotate_shape(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
-@torch.library.register_fake("axon::strips_block", lib=_library)
-def _strips_block_shape(x: Tensor, *_: object) -> Tensor:
+@torch.library.register_fake("axon::strips_blocks", lib=_library)
+def _strips_blocks_shape(x: Tensor, *_: object) -> Tensor:
     return x.new_empty(x.shape)

@@ -32,7 +32,7 @@ class HugePages:
         self._used = 0
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """A tensor on the CPU, of zeros; an ordinary one, of anything, where the system has no huge pages to ask for."""
+        """A tensor on the CPU, of zeros; an ordinary one where the system has no huge pages to ask for."""
         size = math.prod(shape) * dtype.itemsize
         if size == 0 or not hasattr(mmap, "MADV_HUGEPAGE"):
             return torch.empty(*shape, dtype=dtype)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from axon_llm.errors import UsageError
 from axon_llm.fast import native, ops
 from axon_llm.fast.attention import AttentionKernels, fastest_attention
-from axon_llm.fast.blocks import FusedAttention, FusedFeedForward, StripBlock
+from axon_llm.fast.blocks import FusedAttention, FusedFeedForward, StripBlocks
 from axon_llm.fast.fp8 import Fp8Linear, quantise_fp8
 from axon_llm.fast.gpu.block import GpuBlock, GpuNorm
 from axon_llm.fast.gpu.linear import GpuLinear
@@ -123,16 +123,15 @@ def fuse(
         gate_up = make(f"{prefix}.mlp.gate_up_proj", _take(mlp, "gate_proj", "up_proj"))
         down = make(f"{prefix}.mlp.down_proj", _take(mlp, "down_proj"))
         linears = (qkv, out, gate_up, down)
-        window = model.config.layer_windows[index]
-        if fused := StripBlock.where_it_suits(block, linears, kernels, window) or GpuBlock.where_it_suits(
-            block, linears, window
-        ):
-            blocks[index] = fused
+        if on_gpu := GpuBlock.where_it_suits(block, linears, model.config.layer_windows[index]):
+            blocks[index] = on_gpu
             continue
         block.self_attn = FusedAttention(attention, qkv, out, kernels)
         block.mlp = FusedFeedForward(gate_up, down)
     if isinstance(blocks[0], GpuBlock):
         model.norm = GpuNorm(model.norm)  # type: ignore[assignment]
+    elif in_one_call := StripBlocks.where_they_suit(blocks):
+        model.layers = in_one_call
     return model
 
 
@@ -155,7 +154,7 @@ def describe(model: Transformer) -> dict[str, Any]:
     return {
         "kernels": kinds,
         "linear_bytes": total,
-        "fused": any(isinstance(module, FusedAttention | StripBlock | GpuBlock) for module in model.modules()),
+        "fused": any(isinstance(module, FusedAttention | GpuBlock) for module in model.modules()),
         "plain_linears": untouched,
     }
 

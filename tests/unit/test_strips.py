@@ -17,7 +17,7 @@ from axon_llm.cache import KVCache
 from axon_llm.config import ModelConfig
 from axon_llm.fast import accelerate, describe, native, ops
 from axon_llm.fast.attention import attend_in_strips
-from axon_llm.fast.blocks import StripBlock
+from axon_llm.fast.blocks import StripBlocks
 from axon_llm.fast.plan import Plan, attention_kernel, choose
 from axon_llm.fast.quantise import dequantise_int4, dequantise_int8, quantise_int4, quantise_int8
 from axon_llm.fast.strips import (
@@ -404,7 +404,7 @@ def test_attention_is_ours_only_in_bfloat16_on_a_cpu_with_kernels() -> None:
 @pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize("config", [CONFIG, QWEN], ids=["llama", "biases-and-qk-norm"])
 @pytest.mark.parametrize("rows", [1, 3])
-def test_a_block_in_one_call_gives_what_the_products_one_by_one_do(
+def test_blocks_in_one_call_give_what_the_products_one_by_one_do(
     kind: str, config: ModelConfig, rows: int, way: ops.Products, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fast() -> Transformer:
@@ -412,10 +412,10 @@ def test_a_block_in_one_call_gives_what_the_products_one_by_one_do(
         return accelerate(random_model(config, torch.bfloat16), plan=plan)
 
     together = fast()
-    monkeypatch.setattr(StripBlock, "where_it_suits", lambda *_: None)
+    monkeypatch.setattr(StripBlocks, "where_they_suit", lambda *_: None)
     one_by_one = fast()
-    assert all(isinstance(block, StripBlock) for block in together.layers)
-    assert not any(isinstance(block, StripBlock) for block in one_by_one.layers)
+    assert isinstance(together.layers, StripBlocks)
+    assert not isinstance(one_by_one.layers, StripBlocks)
     logits = [prefill_and_decode(model, torch.bfloat16, rows) for model in (together, one_by_one)]
     assert 0 < relative(*logits) < (0.02 if kind == "bf16" else 0.05)
 
@@ -427,7 +427,7 @@ def test_keys_and_values_are_remembered_as_the_cache_itself_does(tokens: int, mo
     positions = torch.stack([torch.arange(tokens), torch.arange(7, 7 + tokens)])  # [B, T]
     for together in (True, False):
         if not together:
-            monkeypatch.setattr(StripBlock, "where_it_suits", lambda *_: None)
+            monkeypatch.setattr(StripBlocks, "where_they_suit", lambda *_: None)
         model = accelerate(random_model(CONFIG, torch.bfloat16))
         caches.append(KVCache(CONFIG, slots=3, max_seq_len=16, dtype=torch.bfloat16))
         model(positions % CONFIG.vocab_size, positions, caches[-1].view(slots=2, length=12))
@@ -450,7 +450,7 @@ def test_a_block_sees_as_far_as_its_window(window: int, monkeypatch: pytest.Monk
 
     windows = (window,) + (None,) * (CONFIG.num_layers - 1)
     narrow, wide = last(replace(CONFIG, layer_windows=windows)), last(CONFIG)
-    monkeypatch.setattr(StripBlock, "where_it_suits", lambda *_: None)
+    monkeypatch.setattr(StripBlocks, "where_they_suit", lambda *_: None)
     masked = last(replace(CONFIG, layer_windows=windows))
     assert relative(narrow, masked) < 0.02
     assert relative(wide, masked) > 0.02
@@ -468,9 +468,9 @@ def test_nothing_is_remembered_beyond_the_cache() -> None:
 
 @kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_block_takes_a_cache_of_another_type_and_none(dtype: torch.dtype) -> None:
+def test_blocks_take_a_cache_of_another_type_and_none(dtype: torch.dtype) -> None:
     model = accelerate(random_model(CONFIG, torch.bfloat16))
-    assert all(isinstance(block, StripBlock) for block in model.layers)
+    assert isinstance(model.layers, StripBlocks)
     tokens = torch.arange(9)[None] % CONFIG.vocab_size
     positions = torch.arange(9)[None]
     cache = KVCache(CONFIG, slots=1, max_seq_len=16, dtype=dtype)

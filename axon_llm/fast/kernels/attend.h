@@ -7,7 +7,7 @@
 // Legend: B slots, T new tokens, S positions, Hq/Hkv query and KV heads, G = Hq / Hkv, D head_dim; a *row* is one query
 // head of one token, row t * G + g of its KV head.
 //
-// Read next: block.cpp.
+// Read next: blocks.cpp.
 
 #pragma once
 
@@ -31,6 +31,7 @@ struct Heads {
   int64_t slot, head, token;
 
   X* at(int64_t b, int64_t h, int64_t t) const { return from + b * slot + h * head + t * token; }
+  operator Heads<const X>() const { return {from, slot, head, token}; }
 };
 // Of a tensor [B, H, T, D] with its channels side by side.
 inline Heads<const uint16_t> heads_of(const Tensor& x) {

@@ -1,6 +1,6 @@
 // Linear layers: rows of activations times all strips of a weight. strips.py has the layouts in PyTorch.
 //
-// Read next: linear.cpp, block.cpp.
+// Read next: linear.cpp, blocks.cpp.
 
 #pragma once
 
