@@ -38,6 +38,7 @@ def load(
     dtype: str | torch.dtype | None = None,
     quantize: str | None = None,
     seed: int = 0,
+    mapped: bool = False,
 ) -> tuple[Transformer, Tokenizer]:
     """Load a model and its tokenizer.
 
@@ -47,6 +48,7 @@ def load(
         dtype: of the weights; the checkpoint's own when omitted.
         quantize: ``"int8"`` or ``"int4"`` replaces the linear layers (see ``axon_llm.fast``).
         seed: of random weights.
+        mapped: leave a packed checkpoint's weights where its file is mapped: ready sooner, and slower to read.
 
     Returns:
         The model in evaluation mode, without gradients, and the tokenizer.
@@ -69,7 +71,7 @@ def load(
         if config.packed:
             from axon_llm.fast.packed import load_packed
 
-            return load_packed(folder, config, where, dtype, quantize), tokenizer
+            return load_packed(folder, config, where, dtype, quantize, mapped=mapped), tokenizer
         model = load_model(folder, config, where, dtype)
     if quantize is not None:
         from axon_llm.fast import accelerate

@@ -26,7 +26,7 @@ def load(
         from axon_llm.fast import accelerate
         from axon_llm.fast.threads import fit_threads
 
-        model, tokenizer = load_checkpoint(name, device=device, dtype=dtype)
+        model, tokenizer = load_checkpoint(name, device=device, dtype=dtype, mapped=once)
         model = accelerate(model, quantize, rows=rows, once=once)
         fit_threads(model)
         return model, tokenizer

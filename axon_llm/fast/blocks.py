@@ -106,7 +106,7 @@ class StripBlocks(Blocks):
     @classmethod
     def where_they_suit(cls, blocks: Blocks) -> StripBlocks | None:
         """The same blocks in one call, if there can be one."""
-        parts: list[Any] = [(block.self_attn, block.mlp) for block in blocks]
+        parts: list[Any] = [(getattr(block, "self_attn", None), getattr(block, "mlp", None)) for block in blocks]
         if not all(isinstance(attention, FusedAttention) and attention.skips_hidden for attention, _ in parts):
             return None
         linears = [linear for attention, mlp in parts for linear in _linears(attention, mlp)]
@@ -152,6 +152,28 @@ class StripBlocks(Blocks):
         if cache is None or cache.k.dtype != x.dtype:
             return super().forward(x, positions, rope, cache)
         y: Tensor = torch.ops.axon.strips_blocks(x, positions, *rope, cache.k, cache.v, *self._given)
+        return y
+
+
+class StripHead(nn.Module):
+    """The last norm and the output layer in one call, whose scores are float32 and were never rounded to bfloat16.
+
+    Args:
+        norm: of what comes out of the blocks.
+        linear: maps hidden to the vocabulary; no bias.
+    """
+
+    def __init__(self, norm: RMSNorm, linear: StripLinear) -> None:
+        super().__init__()
+        self.norm, self.linear = norm, linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` ``[…, hidden]`` bfloat16, not normalised → ``[…, vocab]`` float32."""
+        norm, linear = self.norm, self.linear
+        y: Tensor = torch.ops.axon.strips_logits(
+            x, norm.weight, norm.eps, linear.strips, linear.scale, linear.out_features, linear.strip_kind,
+            linear.products,
+        )  # fmt: skip
         return y
 
 

@@ -41,6 +41,10 @@ _library.define(
     " int[] windows, int heads, int intermediate, float eps, Tensor[] norms, Tensor[] strips, Tensor[] scales,"
     " Tensor[] qkv_biases, Tensor[] out_biases, Tensor[] head_norms, int kind, int products) -> Tensor"
 )
+_library.define(
+    "strips_logits(Tensor x, Tensor norm, float eps, Tensor strips, Tensor? scale, int out_features, int kind,"
+    " int products) -> Tensor"
+)
 
 
 def gemv(x: Tensor, weight: Tensor) -> Tensor:
@@ -219,3 +223,10 @@ def _bf16_rotate_shape(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 @torch.library.register_fake("axon::strips_blocks", lib=_library)
 def _strips_blocks_shape(x: Tensor, *_: object) -> Tensor:
     return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("axon::strips_logits", lib=_library)
+def _strips_logits_shape(
+    x: Tensor, norm: Tensor, eps: float, strips: Tensor, scale: Tensor | None, out_features: int, *_: object
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], out_features, dtype=torch.float32)

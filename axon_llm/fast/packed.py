@@ -24,9 +24,10 @@ from torch import Tensor, nn
 from axon_llm.checkpoint import load_model, opened, resolve_dtype, tensor_files, without_memory
 from axon_llm.config import ModelConfig
 from axon_llm.errors import CheckpointError, UsageError
+from axon_llm.fast import pages
 from axon_llm.fast.attention import fastest_attention
 from axon_llm.fast.quantise import GROUP
-from axon_llm.fast.replace import build, fuse, plan_for, quantised, stack
+from axon_llm.fast.replace import build, fuse, join, plan_for, quantised, stack
 from axon_llm.fast.strips import BLOCK, LANES, Int4Strips, Int8Strips, lay_int4, lay_int8, read_int4, read_int8
 from axon_llm.model import Transformer
 
@@ -91,6 +92,8 @@ def load_packed(
     device: torch.device,
     dtype: str | torch.dtype | None = None,
     quantize: str | None = None,
+    *,
+    mapped: bool = False,
 ) -> Transformer:
     """Load a packed checkpoint. The result is what ``accelerate`` would have made of the original.
 
@@ -100,6 +103,7 @@ def load_packed(
         device: where to.
         dtype: of activations, embedding and norms; as stored when omitted.
         quantize: ``None``, or what the checkpoint is.
+        mapped: leave the weights where the file is mapped, on small pages: for a process that answers once.
 
     Raises:
         CheckpointError: tensors missing, extra, or wrongly shaped.
@@ -121,6 +125,8 @@ def load_packed(
         words = 5 * k // GROUP if config.packed == "int4" else -(-k // 4)
         block = BLOCK[config.packed]
         strips = stored.take(f"{name}.strips", (-(-n // LANES), -(-words // block) * block, LANES))
+        if plan.kernel.endswith("-strips") and not mapped:
+            strips = pages.weights.copy(strips)
         if config.packed == "int4":
             if plan.kernel == "int4-strips":
                 return Int4Strips(strips, k, n, bias)
@@ -140,7 +146,7 @@ def load_packed(
             setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
     stored.finish()
     model.rope.to(device)
-    return model.eval().requires_grad_(False)
+    return join(model.eval().requires_grad_(False))
 
 
 class _Stored:

@@ -43,6 +43,10 @@ class HugePages:
         self._used += -(-size // LINE) * LINE
         return made.view(*shape)
 
+    def copy(self, tensor: Tensor) -> Tensor:
+        """The same values here."""
+        return self.empty(tensor.shape, tensor.dtype).copy_(tensor)
+
     def _begin(self, size: int) -> None:
         """Take a new chunk, whose first huge page is what comes first."""
         self._chunk = mmap.mmap(-1, max(size, CHUNK) + HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from axon_llm.errors import UsageError
 from axon_llm.fast import native, ops
 from axon_llm.fast.attention import AttentionKernels, fastest_attention
-from axon_llm.fast.blocks import FusedAttention, FusedFeedForward, StripBlocks
+from axon_llm.fast.blocks import FusedAttention, FusedFeedForward, StripBlocks, StripHead
 from axon_llm.fast.fp8 import Fp8Linear, quantise_fp8
 from axon_llm.fast.gpu.block import GpuBlock, GpuNorm
 from axon_llm.fast.gpu.linear import GpuLinear
@@ -26,7 +26,7 @@ from axon_llm.fast.int8 import Int8Linear, Int8WeightLinear
 from axon_llm.fast.linear import FastLinear, PackedLinear, ParallelLinear, PlainLinear
 from axon_llm.fast.plan import Plan, choose
 from axon_llm.fast.quantise import GROUP, quantise_int4, quantise_int8
-from axon_llm.fast.strips import Bf16Strips, Int4Strips, Int8Strips, StripEmbedding, lay_int4, lay_int8
+from axon_llm.fast.strips import Bf16Strips, Int4Strips, Int8Strips, StripEmbedding, StripLinear, lay_int4, lay_int8
 from axon_llm.model import Transformer
 
 
@@ -62,7 +62,7 @@ def accelerate(
         return model  # nothing faster, or loaded from a packed checkpoint
     model.requires_grad_(False)
     if plan.fuse:
-        return fuse(model, lambda _, linears: _make(plan, rows, linears), fastest_attention(device, dtype))
+        return join(fuse(model, lambda _, linears: _make(plan, rows, linears), fastest_attention(device, dtype)))
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear):
             parent, _, leaf = name.rpartition(".")
@@ -130,8 +130,24 @@ def fuse(
         block.mlp = FusedFeedForward(gate_up, down)
     if isinstance(blocks[0], GpuBlock):
         model.norm = GpuNorm(model.norm)  # type: ignore[assignment]
-    elif in_one_call := StripBlocks.where_they_suit(blocks):
-        model.layers = in_one_call
+    return model
+
+
+def join(model: Transformer) -> Transformer:
+    """Make one call of a fused model's blocks, and one of what follows them, where their weights are all in strips.
+
+    Args:
+        model: changed in place; its weights are those it keeps.
+
+    Returns:
+        The same model.
+    """
+    blocks = StripBlocks.where_they_suit(model.layers)
+    if blocks is not None:
+        model.layers = blocks
+        if isinstance(model.lm_head, StripLinear):
+            head = StripHead(model.norm, model.lm_head)
+            model.norm, model.lm_head = nn.Identity(), head  # type: ignore[assignment]
     return model
 
 

@@ -82,3 +82,10 @@ def test_a_kernel_that_has_no_huge_pages_gives_ordinary_ones(monkeypatch: pytest
     tensor = memory.empty((4,), torch.int32)
     tensor.fill_(3)
     assert tensor.tolist() == [3, 3, 3, 3]
+
+
+def test_a_copy_has_the_same_values_somewhere_else() -> None:
+    tensor = torch.randn(3, 7)
+    copy = HugePages().copy(tensor)
+    assert torch.equal(copy, tensor)
+    assert copy.data_ptr() != tensor.data_ptr()

@@ -176,8 +176,12 @@ def test_a_packed_checkpoint_gives_the_logits_of_quantising_at_load(folder: Path
     in_bf16 = [
         accelerate(load_model(folder, ModelConfig.from_file(folder / "config.json"), cpu, "bfloat16"), quantize),
         load_packed(target, config, cpu, "bfloat16"),
+        load_packed(target, config, cpu, "bfloat16", mapped=True),
     ]
     assert len({type(model.layers) for model in in_bf16}) == 1
+    at_load_logits, copied, mapped = [prefill_and_decode(model, torch.bfloat16) for model in in_bf16]
+    assert torch.equal(copied, mapped)
+    assert (copied - at_load_logits).norm() < 0.1 * copied.norm()  # its weights were rounded to bfloat16 before
 
 
 @pytest.mark.parametrize("quantize", ["int8", "int4"])

@@ -280,7 +280,7 @@ def test_a_tied_model_in_strips_holds_its_largest_matrix_once() -> None:
     assert CONFIG.tie_word_embeddings
     assert not QWEN.tie_word_embeddings
     assert isinstance(tied.embed_tokens, StripEmbedding)
-    assert tied.embed_tokens.strips.data_ptr() == tied.lm_head.strips.data_ptr()
+    assert tied.embed_tokens.strips.data_ptr() == tied.lm_head.linear.strips.data_ptr()
     assert isinstance(untied.embed_tokens, torch.nn.Embedding)
 
 

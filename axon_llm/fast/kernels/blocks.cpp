@@ -9,6 +9,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <cmath>
+#include <optional>
 
 #include "attend.h"
 #include "linear.h"
@@ -54,6 +55,15 @@ inline void norm_row(const uint16_t* x, const uint16_t* weight, float eps, uint1
   }
 }
 
+// Of rows [R, K].
+inline void norm_rows(const uint16_t* x, const Tensor& norm, float eps, const Numbers& y, int64_t R, int64_t K) {
+  STD_TORCH_CHECK(norm.scalar_type() == BFLOAT16 && norm.numel() == K, "a bfloat16 norm is wanted");
+  const auto* weight = values<uint16_t>(norm);
+  torch::stable::parallel_for(0, R, ROWS_AT_ONCE, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; r++) norm_row(x + r * K, weight, eps, y.get() + r * K, K);
+  });
+}
+
 // Rows of a gate and what goes through it, [R, 2 I] → [R, I]: silu(gate) * up.
 inline void gate_rows(const uint16_t* both, uint16_t* y, int64_t R, int64_t I) {
   torch::stable::parallel_for(0, R, ROWS_AT_ONCE, [&](int64_t begin, int64_t end) {
@@ -81,14 +91,12 @@ struct Weights {
 
   size_t layers() const { return norms.size() / NORMS; }
 
-  void check(int64_t H, int64_t D) const {
+  void check(int64_t D) const {
     const size_t L = layers();
     const auto fits = [&](const Tensors& many, size_t each) { return many.empty() || many.size() == L * each; };
     STD_TORCH_CHECK(norms.size() == L * NORMS && strips.size() == L * PRODUCTS && fits(scales, PRODUCTS) &&
                         fits(qkv_biases, 1) && fits(out_biases, 1) && fits(head_norms, 2),
                     "as many weights of every sort as there are layers are wanted");
-    for (const Tensor& norm : norms)
-      STD_TORCH_CHECK(norm.scalar_type() == BFLOAT16 && norm.numel() == H, "a bfloat16 norm is wanted");
     for (const Tensor& norm : head_norms)
       STD_TORCH_CHECK(norm.scalar_type() == BFLOAT16 && norm.numel() == D, "a bfloat16 norm of heads is wanted");
   }
@@ -145,17 +153,12 @@ class Stream {
     return {heads_.get() + head * z.D, z.T * heads * z.D, z.D, heads * z.D};
   }
 
-  void normalise(const uint16_t* x, const Tensor& norm) const {
-    torch::stable::parallel_for(0, R, ROWS_AT_ONCE, [&](int64_t begin, int64_t end) {
-      for (int64_t r = begin; r < end; r++)
-        norm_row(x + r * H, values<uint16_t>(norm), w.eps, normed_.get() + r * H, H);
-    });
-  }
+  void normalise(const uint16_t* x, const Tensor& norm) const { norm_rows(x, norm, w.eps, normed_, R, H); }
 
   void multiply(size_t layer, size_t product, const Numbers& x, int64_t K, const Results<uint16_t>& y) const {
     const size_t which = layer * w.PRODUCTS + product;
     const Weight weight{w.strips[which], values<float>(w.scales, which), static_cast<Kind>(w.kind)};
-    multiply_strips<uint16_t>(x.get(), weight, y, R, K, w.products);
+    multiply_strips(x.get(), weight, y, R, K, w.products);
   }
 
   // Queries and keys, normalised where there are norms, and turned.
@@ -205,7 +208,7 @@ Tensor blocks(const Tensor& x, const Tensor& positions, const Tensor& cos, const
                         products};
   const int64_t B = x.size(0), T = x.size(1), H = x.size(2), R = B * T, S = k_cache.size(3), Hkv = k_cache.size(2);
   const int64_t D = k_cache.size(4), L = static_cast<int64_t>(weights.layers());
-  weights.check(H, D);
+  weights.check(D);
   STD_TORCH_CHECK(x.scalar_type() == BFLOAT16, "bfloat16 rows are wanted");
   STD_TORCH_CHECK(static_cast<int64_t>(windows.size()) == L, "a window for each layer is wanted");
   for (const Tensor& cache : {k_cache, v_cache})
@@ -230,6 +233,25 @@ Tensor blocks(const Tensor& x, const Tensor& positions, const Tensor& cos, const
   return y;
 }
 
+// The output layer: x […, K], normalised, times a weight [N, K] → […, N] float32.
+Tensor logits(const Tensor& x, const Tensor& norm, double eps, const Tensor& strips, const std::optional<Tensor>& scale,
+              int64_t N, int64_t kind, int64_t products) {
+  std::vector<int64_t> shape = sizes(x);
+  const int64_t K = shape.back(), R = x.numel() / K;
+  shape.back() = N;
+  STD_TORCH_CHECK(x.scalar_type() == BFLOAT16, "bfloat16 rows are wanted");
+  const Tensor rows = in_order(x);
+  const Numbers normed(R * K);
+  norm_rows(values<uint16_t>(rows), norm, static_cast<float>(eps), normed, R, K);
+  Tensor y = blank(shape, aoti_torch_dtype_float32());
+  const Weight weight{strips, scale.has_value() ? values<float>(*scale) : nullptr, static_cast<Kind>(kind)};
+  multiply_strips(normed.get(), weight, into(static_cast<float*>(y.mutable_data_ptr()), N), R, K, products);
+  return y;
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(axon, CPU, m) { m.impl("strips_blocks", TORCH_BOX(&blocks)); }
+STABLE_TORCH_LIBRARY_IMPL(axon, CPU, m) {
+  m.impl("strips_blocks", TORCH_BOX(&blocks));
+  m.impl("strips_logits", TORCH_BOX(&logits));
+}

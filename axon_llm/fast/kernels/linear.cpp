@@ -31,20 +31,20 @@ Tensor product(const Tensor& x, int64_t N, bool float32, const Work& work) {
 
 Tensor bf16(const Tensor& x, const Tensor& strips, int64_t N, int64_t products) {
   return product(x, N, false, [&](const auto* in, auto* out, int64_t R, int64_t K) {
-    multiply_strips(in, {strips, nullptr, BF16}, {out, N}, R, K, products);
+    multiply_strips(in, {strips, nullptr, BF16}, into(out, N), R, K, products);
   });
 }
 
 Tensor int8(const Tensor& x, const Tensor& strips, const Tensor& scale, int64_t N, int64_t products) {
   const auto* scales = static_cast<const float*>(scale.const_data_ptr());
   return product(x, N, true, [&](const auto* in, auto* out, int64_t R, int64_t K) {
-    multiply_strips(in, {strips, scales, INT8}, {out, N}, R, K, products);
+    multiply_strips(in, {strips, scales, INT8}, into(out, N), R, K, products);
   });
 }
 
 Tensor int4(const Tensor& x, const Tensor& strips, int64_t N, int64_t products) {
   return product(x, N, true, [&](const auto* in, auto* out, int64_t R, int64_t K) {
-    multiply_strips(in, {strips, nullptr, INT4}, {out, N}, R, K, products);
+    multiply_strips(in, {strips, nullptr, INT4}, into(out, N), R, K, products);
   });
 }
 
@@ -77,7 +77,7 @@ Tensor stored(const Tensor& x, const Tensor& weight, int64_t products) {
   const int64_t N = weight.size(0);
   return product(x, N, false, [&](const auto* in, auto* out, int64_t R, int64_t K) {
     if constexpr (sizeof(*in) == 2) {
-      if (R > STORED_ROWS) return multiply_bf16(in, Stored{w, N, K}, {out, N}, R, K, products);
+      if (R > STORED_ROWS) return multiply_bf16(in, Stored{w, N, K}, into(out, N), R, K, products);
       share(N, least(N, 2 * N * K), [&](Pieces& pieces) {
         for (int64_t n, end; pieces.take(n, end);)
           for (; n < end; n++)

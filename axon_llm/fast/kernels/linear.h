@@ -94,12 +94,12 @@ Memory room_for(int64_t blocks) {
 inline uint8_t* bytes(const Memory& room) { return reinterpret_cast<uint8_t*>(room.get()); }
 
 // Where results go, [R, N]; with what is added to them.
-template <class X>
+template <class Y>
 struct Results {
-  X* y;
+  Y* y;
   int64_t N;
-  const X* bias = nullptr;      // [N]
-  const X* residual = nullptr;  // [R, N]
+  const Y* bias = nullptr;      // [N]
+  const Y* residual = nullptr;  // [R, N]
 
   // Sixteen of row r, from channel n on.
   void put(int64_t r, int64_t n, Floats values) const {
@@ -108,6 +108,11 @@ struct Results {
     store(y + r * N + n, values, N - n);
   }
 };
+
+template <class Y>
+Results<Y> into(Y* y, int64_t N) {
+  return {y, N};
+}
 
 // sums of `rows` rows += those from place `at` on, times blocks one after the other.
 template <class Format>
@@ -142,8 +147,8 @@ inline void add_beside(const uint8_t* const* w, int64_t blocks, const Activation
 
 // x [R, K] times the weights of all strips, which threads share: many rows. Several strips are multiplied by as much of
 // some rows as stays in the second-level cache.
-template <class Format, class Weights, class X>
-void multiply_many(const X* x, const Weights& weights, const float* scales, const Results<X>& y, int64_t R, int64_t K) {
+template <class Format, class Weights, class X, class Y>
+void multiply_many(const X* x, const Weights& weights, const float* scales, const Results<Y>& y, int64_t R, int64_t K) {
   const int64_t blocks = pieces_of(K, Format::INPUTS), count = pieces_of(y.N, LANES);
   const int64_t chunk = std::min(blocks, MANY_BLOCKS);
   Activations a(R | 1);  // an odd number: the blocks of a row do not all want the same places of a cache
@@ -185,8 +190,8 @@ void multiply_many(const X* x, const Weights& weights, const float* scales, cons
 
 // The same for any number of rows; few are bound by what memory delivers, so each strip is read from front to back, or
 // two are.
-template <class Format, class Weights, class X>
-void multiply(const X* x, const Weights& weights, const float* scales, const Results<X>& y, int64_t R, int64_t K) {
+template <class Format, class Weights, class X, class Y>
+void multiply(const X* x, const Weights& weights, const float* scales, const Results<Y>& y, int64_t R, int64_t K) {
   if (R > TOGETHER) return multiply_many<Format>(x, weights, scales, y, R, K);
   const int64_t blocks = pieces_of(K, Format::INPUTS), count = pieces_of(y.N, LANES);
   Activations a(R);
@@ -220,8 +225,8 @@ void multiply(const X* x, const Weights& weights, const float* scales, const Res
 
 // The same by the matrix unit, two strips together: many rows are bound by what the second-level cache delivers, few by
 // what memory does, and it delivers a little more from two places at once.
-template <class Format, class Weights, class X>
-void multiply_in_tiles(const X* x, const Weights& weights, const float* scales, const Results<X>& y, int64_t R,
+template <class Format, class Weights, class X, class Y>
+void multiply_in_tiles(const X* x, const Weights& weights, const float* scales, const Results<Y>& y, int64_t R,
                        int64_t K) {
   const int64_t blocks = pieces_of(K, Format::INPUTS), count = pieces_of(y.N, LANES);
   Activations a(tile_rows(R));
@@ -270,8 +275,8 @@ Laid<Format> laid(const Tensor& strips, int64_t N, int64_t K) {
 }
 
 // bfloat16 weights, from wherever they are.
-template <class Weights>
-void multiply_bf16(const uint16_t* x, const Weights& weights, const Results<uint16_t>& y, int64_t R, int64_t K,
+template <class Weights, class Y>
+void multiply_bf16(const uint16_t* x, const Weights& weights, const Results<Y>& y, int64_t R, int64_t K,
                    int64_t products) {
 #ifdef AXON_TILES
   if (products == TILES && tiles_allowed()) return multiply_in_tiles<TilePairs>(x, weights, nullptr, y, R, K);
@@ -289,8 +294,8 @@ struct Weight {
   Kind kind;
 };
 
-template <class X>
-void multiply_strips(const X* x, const Weight& weight, const Results<X>& y, int64_t R, int64_t K, int64_t products) {
+template <class X, class Y>
+void multiply_strips(const X* x, const Weight& weight, const Results<Y>& y, int64_t R, int64_t K, int64_t products) {
   if constexpr (sizeof(X) == 2)
     if (weight.kind == BF16) return multiply_bf16(x, laid<Pairs>(weight.strips, y.N, K), y, R, K, products);
   if (weight.kind == INT8) {

@@ -133,17 +133,21 @@ inline std::vector<int64_t> sizes(const Tensor& x) {
   return all;
 }
 
-// A tensor without values, of a type and place like another's. PyTorch's own `new_empty` is looked up by name at every
-// call, which takes longer than a small product.
-inline Tensor blank(const std::vector<int64_t>& sizes, const Tensor& like) {
+// A tensor without values, of a type. PyTorch's own `new_empty` is looked up by name at every call, which takes longer
+// than a small product.
+inline Tensor blank(const std::vector<int64_t>& sizes, int32_t dtype) {
   std::vector<int64_t> strides(sizes.size(), 1);
   for (size_t d = sizes.size(); d-- > 1;) strides[d - 1] = strides[d] * sizes[d];
-  int32_t dtype;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
   AtenTensorHandle made;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
                                                   dtype, aoti_torch_device_type_cpu(), 0, &made));
   return Tensor(made);
+}
+// … like another's.
+inline Tensor blank(const std::vector<int64_t>& sizes, const Tensor& like) {
+  int32_t dtype;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  return blank(sizes, dtype);
 }
 
 inline Tensor in_order(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }

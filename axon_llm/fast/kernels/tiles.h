@@ -146,6 +146,7 @@ inline void tile_product(const int32_t* rows, int64_t row_step, const Blocks& st
   }
   const auto *x = reinterpret_cast<const uint8_t*>(rows), *w = strips.from[0], *v = strips.from[STRIPS - 1];
   for (int64_t b = 0; b < blocks; b++, x += row_step, w += strips.step, v += strips.step) {
+    asm volatile(".p2align 6");  // where the compiler puts it by itself, the same loop is up to 4 % slower
     _tile_loadd(4, x, BYTES);
     if constexpr (ROWS == 2) _tile_loadd(5, x + TILE * BYTES, BYTES);
     _tile_loadd(6, w, strips.line);
