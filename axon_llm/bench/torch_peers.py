@@ -50,7 +50,7 @@ class DecodePeer:
     def _step(self, position: int) -> None:
         token = torch.full((1, 1), 5, device=self.device)
         logits = self.logits(token, torch.tensor([position], device=self.device))
-        int(logits.reshape(-1).argmax())  # the one read of a step, as in our engine
+        int(logits.reshape(-1).max(dim=-1).indices)  # the one read of a step, as in our engine
 
     def begin(self, depth: int) -> None:
         """Put ``depth`` tokens into the cache."""
