@@ -91,14 +91,19 @@ struct Weights {
 
   size_t layers() const { return norms.size() / NORMS; }
 
-  void check(int64_t D) const {
+  // As many of all as there are layers, and what has no shape of its own as long as heads of D and rows of H want it.
+  void check(int64_t heads, int64_t D, int64_t H) const {
     const size_t L = layers();
     const auto fits = [&](const Tensors& many, size_t each) { return many.empty() || many.size() == L * each; };
     STD_TORCH_CHECK(norms.size() == L * NORMS && strips.size() == L * PRODUCTS && fits(scales, PRODUCTS) &&
                         fits(qkv_biases, 1) && fits(out_biases, 1) && fits(head_norms, 2),
                     "as many weights of every sort as there are layers are wanted");
-    for (const Tensor& norm : head_norms)
-      STD_TORCH_CHECK(norm.scalar_type() == BFLOAT16 && norm.numel() == D, "a bfloat16 norm of heads is wanted");
+    const auto long_as = [](const Tensors& many, int64_t size) {
+      for (const Tensor& each : many)
+        STD_TORCH_CHECK(each.scalar_type() == BFLOAT16 && each.numel() == size && each.is_contiguous(), size,
+                        " bfloat16 numbers are wanted");
+    };
+    long_as(norms, H), long_as(head_norms, D), long_as(qkv_biases, heads * D), long_as(out_biases, H);
   }
 };
 
@@ -208,7 +213,8 @@ Tensor blocks(const Tensor& x, const Tensor& positions, const Tensor& cos, const
                         products};
   const int64_t B = x.size(0), T = x.size(1), H = x.size(2), R = B * T, S = k_cache.size(3), Hkv = k_cache.size(2);
   const int64_t D = k_cache.size(4), L = static_cast<int64_t>(weights.layers());
-  weights.check(D);
+  STD_TORCH_CHECK(Hkv > 0 && heads % Hkv == 0, "as many query heads for each key head are wanted");
+  weights.check(heads + 2 * Hkv, D, H);
   STD_TORCH_CHECK(x.scalar_type() == BFLOAT16, "bfloat16 rows are wanted");
   STD_TORCH_CHECK(static_cast<int64_t>(windows.size()) == L, "a window for each layer is wanted");
   for (const Tensor& cache : {k_cache, v_cache})
