@@ -10,6 +10,8 @@ Read next: ``engine/generate.py``.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -41,14 +43,29 @@ class Block(nn.Module):
 
 
 class Blocks(nn.ModuleList):
-    """The layers, one after the other, each with a window of its own on what came before."""
+    """The layers, one after the other, each with a window of its own on what came before.
 
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__(Block(config, layer) for layer in range(config.num_layers))
-        self.windows = config.layer_windows
+    Args:
+        blocks: of every layer.
+        windows: how many tokens each layer's attention sees, or ``None``.
+    """
+
+    def __init__(self, blocks: Iterable[nn.Module] = (), windows: Sequence[int | None] = ()) -> None:
+        super().__init__(blocks)
+        self.windows = tuple(windows)
 
     def forward(self, x: Tensor, positions: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache | None) -> Tensor:
-        """Map ``x`` ``[B, T, hidden]`` at ``positions`` ``[B, T]`` to the same shape."""
+        """Run new tokens through every layer.
+
+        Args:
+            x: their embeddings, ``[B, T, hidden]``.
+            positions: ``[B, T]``.
+            rope: cosine and sine of their angles, ``[B, 1, T, D]`` each.
+            cache: read, and written at ``positions``, in place; ``None`` where the new tokens are all there is.
+
+        Returns:
+            ``[B, T, hidden]``.
+        """
         seen = positions  # [B, S]: which positions there are to look at
         if cache is not None:
             seen = torch.arange(cache.max_seq_len, device=positions.device)[None]  # [1, S]
@@ -71,7 +88,8 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = Blocks(config)
+        blocks = (Block(config, layer) for layer in range(config.num_layers))
+        self.layers = Blocks(blocks, config.layer_windows)
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:

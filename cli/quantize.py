@@ -18,7 +18,7 @@ def command(
     weights: Annotated[str, typer.Option("--weights", "-w", help="int8 or int4.")] = "int8",
     as_json: AsJson = False,
 ) -> None:
-    """Write a checkpoint with packed 8- or 4-bit weights, which loads as a memory map.
+    """Write a checkpoint with packed 8- or 4-bit weights, which loads without quantising anything.
 
     Use it like any other model: axon generate -m OUTPUT.
     """

@@ -9,6 +9,7 @@ Legend: B slots · T new tokens · Hq/Hkv query and KV heads · D head_dim
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -94,13 +95,16 @@ class StripBlocks(Blocks):
     Without a cache, or over one of another type than the activations, they are blocks of parts (``FusedAttention``,
     ``FusedFeedForward``). The one call takes no mask: what a token may see follows from its position.
 
+    The call's arguments are gathered once, and again when all blocks are moved or converted together. A weight that is
+    exchanged by itself afterwards is not seen.
+
     Args:
         blocks: of such parts, all with strips, as :meth:`where_they_suit` finds out.
+        windows: as those of ``Blocks``.
     """
 
-    def __init__(self, blocks: Blocks) -> None:
-        nn.ModuleList.__init__(self, blocks)
-        self.windows = blocks.windows
+    def __init__(self, blocks: Iterable[nn.Module], windows: Sequence[int | None] = ()) -> None:
+        super().__init__(blocks, windows)
         self._gather()
 
     @classmethod
@@ -117,7 +121,7 @@ class StripBlocks(Blocks):
         biased = any(linear.bias is not None for _, mlp in parts for linear in (mlp.gate_up_proj, mlp.down_proj))
         if len(formats) > 1 or len(epsilons) > 1 or biased:
             return None
-        return cls(blocks)
+        return cls(blocks, blocks.windows)
 
     def _gather(self) -> None:
         """Put the arguments of the call together once: to ask 16 blocks for their parts takes as long as a product."""

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_SWITCH = "THP_MEM_ALLOC_ENABLE"
+SWITCH = "THP_MEM_ALLOC_ENABLE"
 
 
 def prefer_huge_pages() -> bool:
@@ -25,9 +25,9 @@ def prefer_huge_pages() -> bool:
     Returns:
         True if it is in time: torch has not been imported yet, or had been told before.
     """
-    if _SWITCH in os.environ:
-        return os.environ[_SWITCH] == "1"
-    os.environ[_SWITCH] = "1"
+    if SWITCH in os.environ:
+        return os.environ[SWITCH] == "1"
+    os.environ[SWITCH] = "1"
     return "torch" not in sys.modules
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints whose linear layers are stored quantised, so that loading is a memory map and not half a minute of work.
+"""Checkpoints whose linear layers are stored quantised: loading is a copy at most, and not half a minute of work.
 
 A packed checkpoint is a model folder like any other: ``config.json`` (with a marker, ``axon_packed``), safetensors,
 tokenizer files. Its linears are stored fused, under the names of the fast model:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import mmap
-import weakref
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -37,14 +38,26 @@ def test_what_is_written_to_one_tensor_stays_there() -> None:
 @asks
 def test_a_chunk_is_given_back_when_its_tensors_are_gone() -> None:
     memory = HugePages()
-    tensor = memory.empty((16,), torch.int32)
-    chunk = weakref.ref(memory._chunk)
-    memory.empty((CHUNK + HUGE,), torch.uint8)  # does not fit, so another chunk is begun
+    first, second = memory.empty((16,), torch.int32), memory.empty((16,), torch.int32)
+    del first
     gc.collect()
-    assert chunk() is not None
-    del tensor
+    assert memory._chunk() is not None
+    del second
     gc.collect()
-    assert chunk() is None
+    assert memory._chunk() is None
+    assert memory.empty((16,), torch.int32).numel() == 16
+
+
+@asks
+def test_two_threads_never_get_the_same_memory() -> None:
+    memory, before = HugePages(), sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            made = list(pool.map(lambda _: memory.empty((3,), torch.int32), range(4000)))
+    finally:
+        sys.setswitchinterval(before)
+    assert len({tensor.data_ptr() for tensor in made}) == len(made)
 
 
 @asks
@@ -66,13 +79,29 @@ def test_without_huge_pages_to_ask_for_tensors_are_ordinary_ones(monkeypatch: py
     monkeypatch.delattr(mmap, "MADV_HUGEPAGE", raising=False)
     memory = HugePages()
     assert memory.empty((2, 3), torch.float32).shape == (2, 3)
-    assert memory._chunk is None
+    assert memory._chunk() is None
+
+
+def test_who_wants_no_huge_pages_gets_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "0")
+    memory = HugePages()
+    assert memory.empty((2, 3), torch.float32).shape == (2, 3)
+    assert memory._chunk() is None
+
+
+@asks
+def test_without_address_space_for_a_chunk_tensors_are_ordinary_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(mmap, "mmap", refuse)
+    assert HugePages().empty((2, 3), torch.float32).shape == (2, 3)
 
 
 def test_a_tensor_without_elements_takes_nothing() -> None:
     memory = HugePages()
     assert memory.empty((0, 3), torch.int32).shape == (0, 3)
-    assert memory._chunk is None
+    assert memory._chunk() is None
 
 
 @asks

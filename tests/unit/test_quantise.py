@@ -20,6 +20,8 @@ from axon_llm.fast.int8 import Int8Linear, Int8WeightLinear, quantise_rows
 from axon_llm.fast.packed import load_packed, write_packed
 from axon_llm.fast.plan import choose
 from axon_llm.fast.quantise import dequantise_int4, dequantise_int8, quantise_int4, quantise_int8
+from axon_llm.fast.strips import StripLinear
+from axon_llm.model import Transformer
 
 
 def weights(n: int = 128, k: int = 96) -> torch.Tensor:
@@ -179,9 +181,23 @@ def test_a_packed_checkpoint_gives_the_logits_of_quantising_at_load(folder: Path
         load_packed(target, config, cpu, "bfloat16", mapped=True),
     ]
     assert len({type(model.layers) for model in in_bf16}) == 1
+    in_strips = any(isinstance(module, StripLinear) for module in in_bf16[2].modules())
+    assert [_lies_in_file(model) for model in in_bf16] == [False, False, in_strips]
     at_load_logits, copied, mapped = [prefill_and_decode(model, torch.bfloat16) for model in in_bf16]
     assert torch.equal(copied, mapped)
     assert (copied - at_load_logits).norm() < 0.1 * copied.norm()  # its weights were rounded to bfloat16 before
+
+
+def _lies_in_file(model: Transformer) -> bool:
+    """Whether the first strips are in a mapped file; a model without strips has none that are."""
+    strips = next((module.strips for module in model.modules() if isinstance(module, StripLinear)), None)
+    if strips is None:
+        return False
+    for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines():
+        begin, end = (int(address, 16) for address in line.split()[0].split("-"))
+        if begin <= strips.data_ptr() < end:
+            return line.rstrip().endswith(".safetensors")
+    raise AssertionError("memory that is not mapped")
 
 
 @pytest.mark.parametrize("quantize", ["int8", "int4"])

@@ -17,7 +17,7 @@ from axon_llm.cache import KVCache
 from axon_llm.config import ModelConfig
 from axon_llm.fast import accelerate, describe, native, ops
 from axon_llm.fast.attention import attend_in_strips
-from axon_llm.fast.blocks import StripBlocks
+from axon_llm.fast.blocks import StripBlocks, StripHead
 from axon_llm.fast.plan import Plan, attention_kernel, choose
 from axon_llm.fast.quantise import dequantise_int4, dequantise_int8, quantise_int4, quantise_int8
 from axon_llm.fast.strips import (
@@ -33,7 +33,7 @@ from axon_llm.fast.strips import (
     read_int8,
 )
 from axon_llm.layers.attention import attend
-from axon_llm.model import Transformer
+from axon_llm.model import Blocks, Transformer
 
 MISSING = sorted(set(native.NARROW) - native.processor_flags())
 kernels = pytest.mark.skipif(bool(MISSING), reason=f"this processor has no {', '.join(MISSING)}")
@@ -454,6 +454,70 @@ def test_a_block_sees_as_far_as_its_window(window: int, monkeypatch: pytest.Monk
     masked = last(replace(CONFIG, layer_windows=windows))
     assert relative(narrow, masked) < 0.02
     assert relative(wide, masked) > 0.02
+
+
+@kernels
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("rows", [1, 3])
+def test_scores_are_those_of_norm_and_output_layer_but_not_rounded(kind: str, rows: int, way: ops.Products) -> None:
+    config = QWEN if kind == "int4" else replace(QWEN, vocab_size=QWEN.vocab_size - 5)  # untied; not whole strips
+    plan = Plan(f"{kind}-strips", True, "", "", 16)  # type: ignore[arg-type]
+    head = accelerate(random_model(config, torch.bfloat16), plan=plan).lm_head
+    assert isinstance(head, StripHead)
+    x = torch.randn(rows, 1, config.hidden_size).bfloat16()
+    scores, rounded = head(x), head.linear(head.norm(x))
+    assert scores.shape == (rows, 1, config.vocab_size)
+    assert scores.dtype == torch.float32
+    assert not torch.equal(scores, scores.bfloat16().float())
+    assert relative(rounded, scores) < 0.01
+
+
+@kernels
+def test_blocks_that_differ_in_more_than_weights_are_not_one_call() -> None:
+    def blocks() -> Blocks:
+        return Blocks(accelerate(random_model(CONFIG, torch.bfloat16)).layers, CONFIG.layer_windows)
+
+    assert StripBlocks.where_they_suit(blocks()) is not None
+    other_norm, biased, other_format = blocks(), blocks(), blocks()
+    other_norm[1].input_layernorm.eps *= 2
+    biased[0].mlp.down_proj.bias = torch.nn.Parameter(torch.zeros(CONFIG.hidden_size))
+    other_format[1].mlp.down_proj.strip_kind = 1
+    assert [StripBlocks.where_they_suit(each) for each in (other_norm, biased, other_format)] == [None] * 3
+
+
+@kernels
+def test_blocks_that_were_copied_or_converted_compute_with_what_they_have_now() -> None:
+    model = accelerate(random_model(CONFIG, torch.bfloat16))
+    expected = prefill_and_decode(model, torch.bfloat16)
+    twin = copy.deepcopy(model)
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    assert torch.equal(prefill_and_decode(twin, torch.bfloat16), expected)
+    twin._apply(lambda tensor: tensor * 0 if tensor.is_floating_point() else tensor)
+    assert not prefill_and_decode(twin, torch.bfloat16).any()
+
+
+@kernels
+@pytest.mark.parametrize(
+    ("place", "wrong", "message"),
+    [
+        (6, [], "scales are wanted for int8"),
+        (6, torch.ones(1), "float32 scales for whole strips"),
+        (7, torch.ones(1).bfloat16(), "bfloat16 numbers are wanted"),
+        (4, torch.ones(CONFIG.hidden_size), "bfloat16 numbers are wanted"),
+        (10, 3, "no kind of strips"),
+    ],
+    ids=["no-scales", "short-scales", "short-biases", "float32-norms", "unknown-kind"],
+)
+def test_weights_of_another_size_or_type_are_refused(place: int, wrong: object, message: str) -> None:
+    plan = Plan("int8-strips", True, "", "", 16)
+    model = accelerate(random_model(QWEN, torch.bfloat16), plan=plan)
+    given = list(model.layers._given)
+    given[place] = [wrong] * len(given[place]) if isinstance(wrong, torch.Tensor) else wrong
+    model.layers._given = tuple(given)
+    cache = KVCache(QWEN, slots=1, max_seq_len=8, dtype=torch.bfloat16)
+    with pytest.raises(RuntimeError, match=message):
+        model(torch.tensor([[1]]), torch.tensor([[0]]), cache)
 
 
 @kernels

@@ -57,7 +57,8 @@ inline void norm_row(const uint16_t* x, const uint16_t* weight, float eps, uint1
 
 // Of rows [R, K].
 inline void norm_rows(const uint16_t* x, const Tensor& norm, float eps, const Numbers& y, int64_t R, int64_t K) {
-  STD_TORCH_CHECK(norm.scalar_type() == BFLOAT16 && norm.numel() == K, "a bfloat16 norm is wanted");
+  STD_TORCH_CHECK(norm.scalar_type() == BFLOAT16 && norm.numel() == K && norm.is_contiguous(),
+                  "a bfloat16 norm is wanted");
   const auto* weight = values<uint16_t>(norm);
   torch::stable::parallel_for(0, R, ROWS_AT_ONCE, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; r++) norm_row(x + r * K, weight, eps, y.get() + r * K, K);
@@ -162,7 +163,7 @@ class Stream {
 
   void multiply(size_t layer, size_t product, const Numbers& x, int64_t K, const Results<uint16_t>& y) const {
     const size_t which = layer * w.PRODUCTS + product;
-    const Weight weight{w.strips[which], values<float>(w.scales, which), static_cast<Kind>(w.kind)};
+    const Weight weight = weight_of(w.strips[which], w.scales.empty() ? nullptr : &w.scales[which], w.kind, y.N);
     multiply_strips(x.get(), weight, y, R, K, w.products);
   }
 
@@ -213,7 +214,7 @@ Tensor blocks(const Tensor& x, const Tensor& positions, const Tensor& cos, const
                         products};
   const int64_t B = x.size(0), T = x.size(1), H = x.size(2), R = B * T, S = k_cache.size(3), Hkv = k_cache.size(2);
   const int64_t D = k_cache.size(4), L = static_cast<int64_t>(weights.layers());
-  STD_TORCH_CHECK(Hkv > 0 && heads % Hkv == 0, "as many query heads for each key head are wanted");
+  STD_TORCH_CHECK(Hkv > 0 && heads > 0 && heads % Hkv == 0, "as many query heads for each key head are wanted");
   weights.check(heads + 2 * Hkv, D, H);
   STD_TORCH_CHECK(x.scalar_type() == BFLOAT16, "bfloat16 rows are wanted");
   STD_TORCH_CHECK(static_cast<int64_t>(windows.size()) == L, "a window for each layer is wanted");
@@ -250,7 +251,7 @@ Tensor logits(const Tensor& x, const Tensor& norm, double eps, const Tensor& str
   const Numbers normed(R * K);
   norm_rows(values<uint16_t>(rows), norm, static_cast<float>(eps), normed, R, K);
   Tensor y = blank(shape, aoti_torch_dtype_float32());
-  const Weight weight{strips, scale.has_value() ? values<float>(*scale) : nullptr, static_cast<Kind>(kind)};
+  const Weight weight = weight_of(strips, scale.has_value() ? &*scale : nullptr, kind, N);
   multiply_strips(normed.get(), weight, into(static_cast<float*>(y.mutable_data_ptr()), N), R, K, products);
   return y;
 }

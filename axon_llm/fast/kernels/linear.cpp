@@ -36,9 +36,8 @@ Tensor bf16(const Tensor& x, const Tensor& strips, int64_t N, int64_t products) 
 }
 
 Tensor int8(const Tensor& x, const Tensor& strips, const Tensor& scale, int64_t N, int64_t products) {
-  const auto* scales = static_cast<const float*>(scale.const_data_ptr());
   return product(x, N, true, [&](const auto* in, auto* out, int64_t R, int64_t K) {
-    multiply_strips(in, {strips, scales, INT8}, into(out, N), R, K, products);
+    multiply_strips(in, weight_of(strips, &scale, INT8, N), into(out, N), R, K, products);
   });
 }
 

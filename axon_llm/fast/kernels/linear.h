@@ -294,6 +294,17 @@ struct Weight {
   Kind kind;
 };
 
+// The strips of N channels as an operator's arguments have them, which are looked at.
+inline Weight weight_of(const Tensor& strips, const Tensor* scale, int64_t kind, int64_t N) {
+  STD_TORCH_CHECK(kind >= BF16 && kind <= INT4, "there is no kind of strips ", kind);
+  STD_TORCH_CHECK((kind == INT8) == (scale != nullptr), "scales are wanted for int8, and for nothing else");
+  if (scale == nullptr) return {strips, nullptr, static_cast<Kind>(kind)};
+  STD_TORCH_CHECK(scale->scalar_type() == torch::headeronly::ScalarType::Float && scale->is_contiguous() &&
+                      scale->numel() >= pieces_of(N, LANES) * LANES,
+                  "float32 scales for whole strips of ", N, " channels are wanted");
+  return {strips, static_cast<const float*>(scale->const_data_ptr()), static_cast<Kind>(kind)};
+}
+
 template <class X, class Y>
 void multiply_strips(const X* x, const Weight& weight, const Results<Y>& y, int64_t R, int64_t K, int64_t products) {
   if constexpr (sizeof(X) == 2)
