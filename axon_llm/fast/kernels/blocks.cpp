@@ -55,11 +55,14 @@ inline void norm_row(const uint16_t* x, const uint16_t* weight, float eps, uint1
   }
 }
 
+// Whether a norm, or a bias, is as long as what it is for.
+inline void check_numbers(const Tensor& x, int64_t count) {
+  STD_TORCH_CHECK(x.scalar_type() == BFLOAT16 && x.numel() == count && x.is_contiguous(), count,
+                  " bfloat16 numbers are wanted");
+}
+
 // Of rows [R, K].
-inline void norm_rows(const uint16_t* x, const Tensor& norm, float eps, const Numbers& y, int64_t R, int64_t K) {
-  STD_TORCH_CHECK(norm.scalar_type() == BFLOAT16 && norm.numel() == K && norm.is_contiguous(),
-                  "a bfloat16 norm is wanted");
-  const auto* weight = values<uint16_t>(norm);
+inline void norm_rows(const uint16_t* x, const uint16_t* weight, float eps, const Numbers& y, int64_t R, int64_t K) {
   torch::stable::parallel_for(0, R, ROWS_AT_ONCE, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; r++) norm_row(x + r * K, weight, eps, y.get() + r * K, K);
   });
@@ -99,10 +102,8 @@ struct Weights {
     STD_TORCH_CHECK(norms.size() == L * NORMS && strips.size() == L * PRODUCTS && fits(scales, PRODUCTS) &&
                         fits(qkv_biases, 1) && fits(out_biases, 1) && fits(head_norms, 2),
                     "as many weights of every sort as there are layers are wanted");
-    const auto long_as = [](const Tensors& many, int64_t size) {
-      for (const Tensor& each : many)
-        STD_TORCH_CHECK(each.scalar_type() == BFLOAT16 && each.numel() == size && each.is_contiguous(), size,
-                        " bfloat16 numbers are wanted");
+    const auto long_as = [](const Tensors& many, int64_t count) {
+      for (const Tensor& each : many) check_numbers(each, count);
     };
     long_as(norms, H), long_as(head_norms, D), long_as(qkv_biases, heads * D), long_as(out_biases, H);
   }
@@ -133,14 +134,14 @@ class Stream {
     const int64_t D = z.D, wide = z.Hq * D;
     const auto* qkv_bias = values<uint16_t>(w.qkv_biases, layer);
     const auto* out_bias = values<uint16_t>(w.out_biases, layer);
-    normalise(x, w.norms[layer * w.NORMS]);
+    normalise(x, layer * w.NORMS);
     multiply(layer, 0, normed_, H, {.y = heads_.get(), .N = heads * D, .bias = qkv_bias});
     turn(layer);
     remember(made(z.Hq), keys), remember(made(z.Hq + z.Hkv), values_);
     const Heads<uint16_t> seen{.from = seen_.get(), .slot = z.T * wide, .head = D, .token = wide};
     attend(z, made(0), keys, values_, Causal(at, z.T, window), seen, w.products);
     multiply(layer, 1, seen_, wide, {.y = between_.get(), .N = H, .bias = out_bias, .residual = x});
-    normalise(between_.get(), w.norms[layer * w.NORMS + 1]);
+    normalise(between_.get(), layer * w.NORMS + 1);
     multiply(layer, 2, normed_, H, {.y = both_.get(), .N = 2 * I});
     gate_rows(both_.get(), through_.get(), R, I);
     multiply(layer, 3, through_, I, {.y = y, .N = H, .residual = between_.get()});
@@ -159,7 +160,9 @@ class Stream {
     return {heads_.get() + head * z.D, z.T * heads * z.D, z.D, heads * z.D};
   }
 
-  void normalise(const uint16_t* x, const Tensor& norm) const { norm_rows(x, norm, w.eps, normed_, R, H); }
+  void normalise(const uint16_t* x, size_t norm) const {
+    norm_rows(x, values<uint16_t>(w.norms, norm), w.eps, normed_, R, H);
+  }
 
   void multiply(size_t layer, size_t product, const Numbers& x, int64_t K, const Results<uint16_t>& y) const {
     const size_t which = layer * w.PRODUCTS + product;
@@ -249,7 +252,8 @@ Tensor logits(const Tensor& x, const Tensor& norm, double eps, const Tensor& str
   STD_TORCH_CHECK(x.scalar_type() == BFLOAT16, "bfloat16 rows are wanted");
   const Tensor rows = in_order(x);
   const Numbers normed(R * K);
-  norm_rows(values<uint16_t>(rows), norm, static_cast<float>(eps), normed, R, K);
+  check_numbers(norm, K);
+  norm_rows(values<uint16_t>(rows), values<uint16_t>(norm), static_cast<float>(eps), normed, R, K);
   Tensor y = blank(shape, aoti_torch_dtype_float32());
   const Weight weight = weight_of(strips, scale.has_value() ? &*scale : nullptr, kind, N);
   multiply_strips(normed.get(), weight, into(static_cast<float*>(y.mutable_data_ptr()), N), R, K, products);
