@@ -12,11 +12,13 @@ import pika
 import pika.exceptions
 from pika.adapters.blocking_connection import BlockingChannel, BlockingConnection
 
-from axon_llm.serving.amqp import DEAD, RENEW_IDLE_S, SETTLE_S, Link, declare, jobs_queue, suspects_queue
+from axon_llm.serving.amqp import DEAD, RENEW_IDLE_S, SETTLE_S, Link, declare, is_there, jobs_queue, suspects_queue
 from axon_llm.serving.ports import Delivery
 from axon_llm.serving.publisher import Publisher
 from axon_llm.serving.settings import ServingSettings
 from axon_llm.serving.wire import Job
+
+_DELETED = "a queue was deleted: connecting anew, to declare it and to consume again"
 
 log = logging.getLogger("axon.broker")
 
@@ -54,11 +56,16 @@ class _Subscription:
         """
         if not self.consumer_tag:
             return
-        waiting = self.channel.queue_declare(self.queue_name, passive=True).method
+        try:
+            waiting = self.channel.queue_declare(self.queue_name, passive=True).method
+        except pika.exceptions.ChannelClosedByBroker:
+            log.warning(_DELETED)  # seen before the broker could say so
+            raise
         stalled = waiting.message_count > 0 and len(self.held) < self.prefetch and not self._delivered
         self._stalled = self._stalled + 1 if stalled else 0
         self._delivered = 0
         if waiting.consumer_count == 0 or self._stalled >= 2:
+            log.warning("%s delivers nothing to this consumer: connecting anew", self.queue_name)
             raise pika.exceptions.ConsumerCancelled()
 
 
@@ -157,6 +164,10 @@ class Consumer:
     def _on_connect(self, connection: BlockingConnection, generation: int) -> None:
         self._connection = connection
         self._subscriptions.clear()
+        gone = [name for name, _, _ in self._queues if not is_there(connection, name)]
+        if gone:
+            log.info("declaring %s in a moment", ", ".join(gone))
+            connection.sleep(SETTLE_S)
         for name, prefetch, solo in self._queues:
             self._subscribe(name, prefetch, solo)
 
@@ -166,8 +177,7 @@ class Consumer:
         declare(channel, self._settings, *([] if name == DEAD else [name]))
         channel.basic_qos(prefetch_count=prefetch)
         self._subscriptions[name] = subscription = _Subscription(channel, name, prefetch, solo)
-        # The broker cancels a consumer whose queue was deleted: connecting anew declares the queue and consumes again.
-        channel.add_on_cancel_callback(lambda _: self._reconnect())
+        channel.add_on_cancel_callback(lambda _: self._connect_anew())  # the broker does so when the queue is deleted
         if self._consuming:
             receive = self._receiver(subscription, self._link.generation)
             subscription.consumer_tag = channel.basic_consume(name, receive)
@@ -179,10 +189,10 @@ class Consumer:
                 subscription.channel.close()
                 self._subscribe(subscription.queue_name, subscription.prefetch, subscription.solo)
 
-    def _reconnect(self) -> None:
-        log.warning("a queue was deleted: declaring it again")
+    def _connect_anew(self) -> None:
+        log.warning(_DELETED)
         assert self._connection is not None
-        self._connection.call_later(SETTLE_S, self._connection.close)
+        self._connection.call_later(0, self._connection.close)
 
     def _receiver(self, subscription: _Subscription, generation: int) -> Callable[..., None]:
         def receive(_: BlockingChannel, method: Any, __: Any, body: bytes) -> None:

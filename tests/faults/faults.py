@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import resource
 import signal
 import socket
@@ -377,6 +378,7 @@ ALL_FINISH = "all finish"
 TAKEN_OVER = r"claimed, attempt [2-9]"
 HANDED_BACK = r"drained, [1-9]\d* unfinished jobs handed back"
 NO_BROKER = r"broker connection lost"
+QUEUE_GONE = rf"a queue was deleted|declaring {re.escape(JOBS)}|{re.escape(JOBS)} delivers nothing"
 ROWS: tuple[Fault, ...] = (
     Fault("worker killed while decoding", kill_worker, "continues at the next token elsewhere", felt=TAKEN_OVER),
     Fault("worker drained (SIGTERM)", drain_worker, "handed back, continues elsewhere at once", felt=HANDED_BACK),
@@ -389,7 +391,7 @@ ROWS: tuple[Fault, ...] = (
     Fault("broker memory alarm", broker_memory_alarm, "503, then recovery", refuses=True),
     Fault("AMQP connections closed", close_connections, ALL_FINISH, felt=NO_BROKER),
     Fault("queue purged", purge_queue, "the outbox makes up for it"),
-    Fault("queue deleted", delete_queue, "declared again, the outbox makes up for it", felt="a queue was deleted"),
+    Fault("queue deleted", delete_queue, "declared again, the outbox makes up for it", felt=QUEUE_GONE),
     Fault("Redis crash", crash_redis, "acknowledged tokens survive"),
     Fault("Redis hang", hang_redis, "retries or 503"),
     Fault("Redis memory full", fill_redis, "503 or retries, never half a write", refuses=True),

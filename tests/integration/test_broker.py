@@ -14,6 +14,7 @@ import pika
 import pika.exceptions
 import pytest
 
+from axon_llm.serving import amqp
 from axon_llm.serving.broker import DEAD, Consumer, Publisher, declare, parameters
 from axon_llm.serving.ports import Delivery, QueueFull, QueueUnavailable
 from axon_llm.serving.reaper import Reaper
@@ -91,6 +92,17 @@ def count(settings: ServingSettings, name: str) -> int:
     return found
 
 
+def consumers(settings: ServingSettings) -> int:
+    """How many the broker believes to take from the queue of jobs; 0 where there is none."""
+    connection = pika.BlockingConnection(parameters(settings))
+    try:
+        return int(connection.channel().queue_declare(JOBS, passive=True).method.consumer_count)
+    except pika.exceptions.ChannelClosedByBroker:
+        return 0
+    finally:
+        connection.close()
+
+
 def test_a_full_queue_refuses_and_takes_again_when_there_is_room(vhost: Settings) -> None:
     settings = vhost(queue_max_length=3)
     out = publisher(settings)
@@ -131,6 +143,28 @@ def test_a_deleted_queue_is_consumed_again(vhost: Settings) -> None:
             assert delivery.body == encode(job)
             sink.consumer.ack(delivery)
     out.close_and_wait()
+
+
+def test_a_queue_that_is_missed_while_connecting_is_not_declared_before_its_other_consumers_know(
+    vhost: Settings, rabbit_server: RabbitServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(amqp, "_BACKOFF_S", (0.0, 0.1))
+    proxy = TcpProxy(rabbit_server.port)
+    with Sink(vhost()) as told, Sink(vhost(proxy.port)) as cut_off:
+        wait_until(lambda: consumers(vhost()) == 2, 10, "both consume")
+        connection = pika.BlockingConnection(parameters(vhost()))
+        connection.channel().queue_delete(JOBS)
+        proxy.cut()
+        connection.close()
+        wait_until(lambda: cut_off.consumer.connected and consumers(vhost()) == 2, 20, "both consume again")
+        out = publisher(vhost())
+        jobs = [make_job() for _ in range(8)]  # no more than both may hold
+        for job in jobs:
+            out.publish_and_wait(job)
+        held = [sink.take().body for sink in (told, cut_off) for _ in range(4)]
+        assert sorted(held) == sorted(encode(job) for job in jobs)
+        out.close_and_wait()
+    proxy.close()
 
 
 def test_no_more_jobs_are_handed_out_than_the_prefetch_allows(vhost: Settings) -> None:
