@@ -30,7 +30,7 @@ COMPILE_LIMIT_S = 300
 # What the kernels are written for, the best first; and what the best takes besides, all of a set or none.
 WIDE = ("fma", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni")
 NARROW = ("fma", "avx2")
-OPTIONAL = (("avx512_bf16",), ("avx512_vp2intersect",), ("amx_tile", "amx_bf16", "amx_int8"))
+OPTIONAL = (("avx512_bf16",), ("gfni",), ("avx512_vp2intersect",), ("amx_tile", "amx_bf16", "amx_int8"))
 
 
 class Unavailable(Exception):

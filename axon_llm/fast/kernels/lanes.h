@@ -38,7 +38,9 @@ inline Floats high_half(Words pairs) { return as_floats(pairs & all(static_cast<
 
 // The lower and the upper half of each byte, as bytes.
 inline Words low_halves(Words w) { return w & all(0x0f0f0f0f); }
+#ifndef AXON_HIGH_HALVES
 inline Words high_halves(Words w) { return low_halves(w >> 4); }
+#endif
 
 // The nearest bfloat16, ties to even; what is not a number stays so.
 inline Floats rounded(Floats values) {

@@ -156,6 +156,15 @@ inline void turn_four(const float* from, int64_t step, Floats* to) {
 }
 #endif
 
+#ifdef __GFNI__
+#define AXON_HIGH_HALVES
+// The upper half of each byte by one instruction instead of two: a matrix of bits times each byte. Row 7 - i of it says
+// which bits make bit i: bit i + 4 alone, and none for the last four.
+inline Words high_halves(Words w) {
+  return {_mm512_gf2p8affine_epi64_epi8(w.v, _mm512_set1_epi64(0x1020408000000000), 0)};
+}
+#endif
+
 #ifdef __AVX512BF16__
 #define AXON_PAIRS
 // sums + products of pairs of bfloat16, or of pairs and the one that `x` points to. What is wanted `ONCE` the
