@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from axon_llm.cache import KVCache
 from axon_llm.fast.attention import AttentionKernels
 from axon_llm.fast.linear import ParallelLinear
-from axon_llm.fast.strips import StripLinear
+from axon_llm.fast.strips import LANES, StripLinear
 from axon_llm.layers.attention import Attention
 from axon_llm.layers.norm import RMSNorm
 from axon_llm.model import Blocks
@@ -119,7 +119,8 @@ class StripBlocks(Blocks):
         formats = {linear.strip_kind for linear in linears}
         epsilons = {norm.eps for norm in blocks.modules() if isinstance(norm, RMSNorm)}
         biased = any(linear.bias is not None for _, mlp in parts for linear in (mlp.gate_up_proj, mlp.down_proj))
-        if len(formats) > 1 or len(epsilons) > 1 or biased:
+        gated = {mlp.down_proj.in_features % LANES for _, mlp in parts}  # by whole strips
+        if len(formats) > 1 or len(epsilons) > 1 or biased or any(gated):
             return None
         return cls(blocks, blocks.windows)
 

@@ -420,6 +420,23 @@ def test_blocks_in_one_call_give_what_the_products_one_by_one_do(
     assert 0 < relative(*logits) < (0.02 if kind == "bf16" else 0.05)
 
 
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_token_comes_out_of_all_blocks_the_same_whatever_comes_after_it(kind: str, way: ops.Products) -> None:
+    plan = Plan(f"{kind}-strips", True, "", "", 16)  # type: ignore[arg-type]
+    model = accelerate(random_model(CONFIG, torch.bfloat16), plan=plan)
+    assert isinstance(model.layers, StripBlocks)
+
+    def first(tokens: int) -> torch.Tensor:
+        positions = torch.arange(tokens)[None]
+        cache = KVCache(CONFIG, slots=1, max_seq_len=640, dtype=torch.bfloat16)
+        return model((3 * positions + 5) % CONFIG.vocab_size, positions, cache, only=torch.tensor([0]))
+
+    alone = first(1)
+    assert alone.any()
+    for tokens in (3, 60) if kind == "int4" else (3, 60, 70, 600):  # many rows of int4 are multiplied in bfloat16
+        assert torch.equal(first(tokens), alone), tokens
+
+
 @kernels
 @pytest.mark.parametrize("tokens", [1, 5])
 def test_keys_and_values_are_remembered_as_the_cache_itself_does(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -478,11 +495,13 @@ def test_blocks_that_differ_in_more_than_weights_are_not_one_call() -> None:
         return Blocks(accelerate(random_model(CONFIG, torch.bfloat16)).layers, CONFIG.layer_windows)
 
     assert StripBlocks.where_they_suit(blocks()) is not None
-    other_norm, biased, other_format = blocks(), blocks(), blocks()
+    other_norm, biased, other_format, half_a_strip = blocks(), blocks(), blocks(), blocks()
     other_norm[1].input_layernorm.eps *= 2
     biased[0].mlp.down_proj.bias = torch.nn.Parameter(torch.zeros(CONFIG.hidden_size))
     other_format[1].mlp.down_proj.strip_kind = 1
-    assert [StripBlocks.where_they_suit(each) for each in (other_norm, biased, other_format)] == [None] * 3
+    half_a_strip[0].mlp.down_proj.in_features -= 8
+    for each in (other_norm, biased, other_format, half_a_strip):
+        assert StripBlocks.where_they_suit(each) is None
 
 
 @kernels

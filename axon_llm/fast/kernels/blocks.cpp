@@ -68,18 +68,6 @@ inline void norm_rows(const uint16_t* x, const uint16_t* weight, float eps, cons
   });
 }
 
-// Rows of a gate and what goes through it, [R, 2 I] → [R, I]: silu(gate) * up.
-inline void gate_rows(const uint16_t* both, uint16_t* y, int64_t R, int64_t I) {
-  torch::stable::parallel_for(0, R, ROWS_AT_ONCE, [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; r++)
-      for (int64_t i = 0; i < I; i += 16) {
-        const Floats gate = load(both + 2 * r * I + i, I - i), up = load(both + (2 * r + 1) * I + i, I - i);
-        const Floats silu = gate / (all(1.0f) + exponential(all(0.0f) - gate));
-        store(y + r * I + i, rounded(silu) * up, I - i);
-      }
-  });
-}
-
 // What all layers are made of. A list that a model has none of is empty.
 struct Weights {
   static constexpr size_t NORMS = 2, PRODUCTS = 4;  // of a layer
@@ -109,6 +97,8 @@ struct Weights {
   }
 };
 
+using Into = Results<uint16_t>;
+
 // Tokens on their way through the layers, and the room that takes.
 class Stream {
  public:
@@ -125,7 +115,6 @@ class Stream {
         heads_(R * heads * z.D),
         seen_(R * z.Hq * z.D),
         between_(R * H),
-        both_(R * 2 * I),
         through_(R * I) {}
 
   // y [R, H] = a block of x, which may be in the same place.
@@ -135,16 +124,15 @@ class Stream {
     const auto* qkv_bias = values<uint16_t>(w.qkv_biases, layer);
     const auto* out_bias = values<uint16_t>(w.out_biases, layer);
     normalise(x, layer * w.NORMS);
-    multiply(layer, 0, normed_, H, {.y = heads_.get(), .N = heads * D, .bias = qkv_bias});
+    multiply(layer, 0, normed_, H, Into{.y = heads_.get(), .N = heads * D, .bias = qkv_bias});
     turn(layer);
     remember(made(z.Hq), keys), remember(made(z.Hq + z.Hkv), values_);
     const Heads<uint16_t> seen{.from = seen_.get(), .slot = z.T * wide, .head = D, .token = wide};
     attend(z, made(0), keys, values_, Causal(at, z.T, window), seen, w.products);
-    multiply(layer, 1, seen_, wide, {.y = between_.get(), .N = H, .bias = out_bias, .residual = x});
+    multiply(layer, 1, seen_, wide, Into{.y = between_.get(), .N = H, .bias = out_bias, .residual = x});
     normalise(between_.get(), layer * w.NORMS + 1);
-    multiply(layer, 2, normed_, H, {.y = both_.get(), .N = 2 * I});
-    gate_rows(both_.get(), through_.get(), R, I);
-    multiply(layer, 3, through_, I, {.y = y, .N = H, .residual = between_.get()});
+    multiply(layer, 2, normed_, H, Gated{.y = through_.get(), .N = 2 * I});
+    multiply(layer, 3, through_, I, Into{.y = y, .N = H, .residual = between_.get()});
   }
 
  private:
@@ -153,7 +141,7 @@ class Stream {
   const int64_t H, I, R = z.B * z.T, heads = z.Hq + 2 * z.Hkv;
   const int64_t* const at;                // [B, T]
   const uint16_t *const cos, *const sin;  // [R, D]
-  const Numbers normed_, heads_, seen_, between_, both_, through_;
+  const Numbers normed_, heads_, seen_, between_, through_;
 
   // The heads of a row from one on, as they are made: queries, keys, values.
   Heads<const uint16_t> made(int64_t head) const {
@@ -164,7 +152,7 @@ class Stream {
     norm_rows(x, values<uint16_t>(w.norms, norm), w.eps, normed_, R, H);
   }
 
-  void multiply(size_t layer, size_t product, const Numbers& x, int64_t K, const Results<uint16_t>& y) const {
+  void multiply(size_t layer, size_t product, const Numbers& x, int64_t K, const auto& y) const {
     const size_t which = layer * w.PRODUCTS + product;
     const Weight weight = weight_of(w.strips[which], w.scales.empty() ? nullptr : &w.scales[which], w.kind, y.N);
     multiply_strips(x.get(), weight, y, R, K, w.products);
@@ -218,6 +206,8 @@ Tensor blocks(const Tensor& x, const Tensor& positions, const Tensor& cos, const
   const int64_t B = x.size(0), T = x.size(1), H = x.size(2), R = B * T, S = k_cache.size(3), Hkv = k_cache.size(2);
   const int64_t D = k_cache.size(4), L = static_cast<int64_t>(weights.layers());
   STD_TORCH_CHECK(Hkv > 0 && heads > 0 && heads % Hkv == 0, "as many query heads for each key head are wanted");
+  STD_TORCH_CHECK(intermediate > 0 && intermediate % LANES == 0, "a multiple of ", LANES,
+                  " channels goes through a gate");
   weights.check(heads + 2 * Hkv, D, H);
   STD_TORCH_CHECK(x.scalar_type() == BFLOAT16, "bfloat16 rows are wanted");
   STD_TORCH_CHECK(static_cast<int64_t>(windows.size()) == L, "a window for each layer is wanted");

@@ -4,6 +4,7 @@
 
 #pragma once
 
+#include "results.h"
 #include "tiles.h"
 
 namespace {
@@ -89,33 +90,37 @@ struct Widened {
   }
 };
 
+// Two weights of as many channels, one below the other, whose strips come by turns.
+template <class Weights>
+struct ByTurns {
+  static constexpr int64_t MADE = Weights::MADE;
+  Weights both;
+  int64_t half;  // strips of one
+
+  int64_t which(int64_t strip) const { return strip % 2 * half + strip / 2; }
+  const uint8_t* blocks(int64_t strip, int64_t first, int64_t count, uint8_t* room) const {
+    return both.blocks(which(strip), first, count, room);
+  }
+};
+
+// The first output channel of a strip.
+inline int64_t channel(const auto&, int64_t strip) { return strip * LANES; }
+template <class Weights>
+int64_t channel(const ByTurns<Weights>& weights, int64_t strip) {
+  return weights.which(strip) * LANES;
+}
+
+// The scales of its channels, where there are any.
+inline const float* scales_of(const auto& weights, const float* scales, int64_t strip) {
+  return scales == nullptr ? nullptr : scales + channel(weights, strip);
+}
+
 template <class Weights>
 Memory room_for(int64_t blocks) {
   return Weights::MADE == 0 ? Memory(nullptr, &std::free) : memory(blocks * Weights::MADE / 4);
 }
 
 inline uint8_t* bytes(const Memory& room) { return reinterpret_cast<uint8_t*>(room.get()); }
-
-// Where results go, [R, N]; with what is added to them.
-template <class Y>
-struct Results {
-  Y* y;
-  int64_t N;
-  const Y* bias = nullptr;      // [N]
-  const Y* residual = nullptr;  // [R, N]
-
-  // Sixteen of row r, from channel n on.
-  void put(int64_t r, int64_t n, Floats values) const {
-    if (bias != nullptr) values = values + load(bias + n, N - n);
-    if (residual != nullptr) values = values + load(residual + r * N + n, N - n);
-    store(y + r * N + n, values, N - n);
-  }
-};
-
-template <class Y>
-Results<Y> into(Y* y, int64_t N) {
-  return {y, N};
-}
 
 // sums of `rows` rows += those from place `at` on, times blocks one after the other.
 template <class Format>
@@ -151,7 +156,7 @@ inline void add_beside(const uint8_t* const* w, int64_t blocks, const Activation
 // x [R, K] times the weights of all strips, which threads share: many rows. Several strips are multiplied by as much of
 // some rows as stays in the second-level cache.
 template <class Format, class Weights, class X, class Y>
-void multiply_many(const X* x, const Weights& weights, const float* scales, const Results<Y>& y, int64_t R, int64_t K) {
+void multiply_many(const X* x, const Weights& weights, const float* scales, const Y& y, int64_t R, int64_t K) {
   const int64_t blocks = pieces_of(K, Format::INPUTS), count = pieces_of(y.N, LANES);
   const int64_t chunk = std::min(blocks, MANY_BLOCKS);
   Activations a(R | 1);  // an odd number: the blocks of a row do not all want the same places of a cache
@@ -182,11 +187,9 @@ void multiply_many(const X* x, const Weights& weights, const float* scales, cons
             for (; s < together; s++) add_blocks<Format>(w[s], taken, a, at, rows, sums + s * R + from);
           }
         }
-        for (int64_t r = 0; r < R; r++)
-          for (int64_t s = 0; s < together; s++) {
-            const int64_t n = (strip + s) * LANES;
-            y.put(r, n, Format::finish(sums[s * R + r], a, r, scales == nullptr ? nullptr : scales + n));
-          }
+        y.take(strip, together, 0, R, [&](int64_t s, int64_t r) {
+          return Format::finish(sums[s * R + r], a, r, scales_of(weights, scales, strip + s));
+        });
       }
   });
 }
@@ -194,23 +197,23 @@ void multiply_many(const X* x, const Weights& weights, const float* scales, cons
 // The same for any number of rows; few are bound by what memory delivers, so each strip is read from front to back, or
 // two are.
 template <class Format, class Weights, class X, class Y>
-void multiply(const X* x, const Weights& weights, const float* scales, const Results<Y>& y, int64_t R, int64_t K) {
+void multiply(const X* x, const Weights& weights, const float* scales, const Y& y, int64_t R, int64_t K) {
   if (R > TOGETHER) return multiply_many<Format>(x, weights, scales, y, R, K);
   const int64_t blocks = pieces_of(K, Format::INPUTS), count = pieces_of(y.N, LANES);
   Activations a(R);
   Format::prepare(x, R, K, blocks, a);
-  const int64_t kept = std::max<int64_t>(2, KEPT / R);
-  share(count, least(count, count * blocks * Format::BYTES), [&](Pieces& pieces) {
+  const int64_t pairs = pieces_of(count, 2), kept = std::max<int64_t>(1, KEPT / (2 * R)) * 2;
+  share(pairs, least(pairs, count * blocks * Format::BYTES), [&](Pieces& pieces) {
     const Memory owned = memory(kept * R * LANES), room = room_for<Weights>(2 * blocks);
     auto* sums = reinterpret_cast<typename Format::Sum*>(owned.get());  // [kept, R]
-    for (int64_t first, last; pieces.take(first, last);)
-      for (; first < last; first += kept) {
-        const int64_t together = std::min(kept, last - first);
+    for (int64_t begin, end; pieces.take(begin, end);)
+      for (int64_t strip = 2 * begin, last = std::min(2 * end, count); strip < last; strip += kept) {
+        const int64_t together = std::min(kept, last - strip);
         for (int64_t s = 0, now; s < together; s += now) {
           now = ALONE_BY_TWO && R == 1 && s + 1 < together ? 2 : 1;
           const uint8_t* w[2];
           for (int64_t i = 0; i < now; i++) {
-            w[i] = weights.blocks(first + s + i, 0, blocks, bytes(room) + i * blocks * Weights::MADE);
+            w[i] = weights.blocks(strip + s + i, 0, blocks, bytes(room) + i * blocks * Weights::MADE);
             for (int64_t r = 0; r < R; r++) sums[(s + i) * R + r] = Format::first(a, r);
           }
           if (now == 2)
@@ -218,11 +221,9 @@ void multiply(const X* x, const Weights& weights, const float* scales, const Res
           else
             add_blocks<Format>(w[0], blocks, a, 0, R, sums + s * R);
         }
-        for (int64_t s = 0; s < together; s++)
-          for (int64_t r = 0; r < R; r++) {
-            const int64_t n = (first + s) * LANES;
-            y.put(r, n, Format::finish(sums[s * R + r], a, r, scales == nullptr ? nullptr : scales + n));
-          }
+        y.take(strip, together, 0, R, [&](int64_t s, int64_t r) {
+          return Format::finish(sums[s * R + r], a, r, scales_of(weights, scales, strip + s));
+        });
       }
   });
 }
@@ -232,19 +233,20 @@ void multiply(const X* x, const Weights& weights, const float* scales, const Res
 // The same by the matrix unit, two strips together: many rows are bound by what the second-level cache delivers, few by
 // what memory does, and it delivers a little more from two places at once.
 template <class Format, class Weights, class X, class Y>
-void multiply_in_tiles(const X* x, const Weights& weights, const float* scales, const Results<Y>& y, int64_t R,
-                       int64_t K) {
+void multiply_in_tiles(const X* x, const Weights& weights, const float* scales, const Y& y, int64_t R, int64_t K) {
   const int64_t blocks = pieces_of(K, Format::INPUTS), count = pieces_of(y.N, LANES);
   Activations a(tile_rows(R));
   Format::prepare(x, R, K, blocks, a);
   const bool few = a.rows <= 2 * TILE;
   const int64_t rows = std::min(a.rows, TILE_ROWS), chunk = few ? blocks : TILE_BLOCKS;
-  share(count, few ? least(count, count * blocks * Format::BYTES) : TILE_STRIPS, [&](Pieces& pieces) {
+  const int64_t pairs = pieces_of(count, 2),
+                at_least = few ? least(pairs, count * blocks * Format::BYTES) : TILE_STRIPS / 2;
+  share(pairs, at_least, [&](Pieces& pieces) {
     const Tiles tiles(std::min(R, TILE));
     const Memory sums = memory(TILE_STRIPS * rows * LANES), room = room_for<Weights>(2 * chunk);
-    for (int64_t strip, end; pieces.take(strip, end);)
-      for (; strip < end; strip += TILE_STRIPS) {
-        const int64_t together = std::min(TILE_STRIPS, end - strip);
+    for (int64_t begin, end; pieces.take(begin, end);)
+      for (int64_t strip = 2 * begin, last = std::min(2 * end, count); strip < last; strip += TILE_STRIPS) {
+        const int64_t together = std::min(TILE_STRIPS, last - strip);
         for (int64_t from = 0; from < a.rows; from += rows) {
           const int64_t here = std::min(rows, a.rows - from);
           for (int64_t b = 0; b < blocks; b += chunk)
@@ -258,12 +260,10 @@ void multiply_in_tiles(const X* x, const Weights& weights, const float* scales, 
               tile_products<Format>(a.words + (b * a.rows + from) * Format::WORDS, a.rows * Format::WORDS * 4, here, w,
                                     now, taken, sums.get() + s * rows * LANES, rows * LANES, b > 0, few);
             }
-          for (int64_t r = 0; r < std::min(here, R - from); r++)
-            for (int64_t s = 0; s < together; s++) {
-              const int64_t n = (strip + s) * LANES;
-              const float* scale = scales == nullptr ? nullptr : scales + n;
-              y.put(from + r, n, Format::finish_tile(sums.get() + (s * rows + r) * LANES, a, from + r, scale));
-            }
+          y.take(strip, together, from, std::min(here, R - from), [&](int64_t s, int64_t r) {
+            return Format::finish_tile(sums.get() + (s * rows + r) * LANES, a, from + r,
+                                       scales_of(weights, scales, strip + s));
+          });
         }
       }
   });
@@ -282,8 +282,7 @@ Laid<Format> laid(const Tensor& strips, int64_t N, int64_t K) {
 
 // bfloat16 weights, from wherever they are.
 template <class Weights, class Y>
-void multiply_bf16(const uint16_t* x, const Weights& weights, const Results<Y>& y, int64_t R, int64_t K,
-                   int64_t products) {
+void multiply_bf16(const uint16_t* x, const Weights& weights, const Y& y, int64_t R, int64_t K, int64_t products) {
 #ifdef AXON_TILES
   if (products == TILES && tiles_allowed()) return multiply_in_tiles<TilePairs>(x, weights, nullptr, y, R, K);
 #endif
@@ -311,12 +310,21 @@ inline Weight weight_of(const Tensor& strips, const Tensor* scale, int64_t kind,
   return {strips, static_cast<const float*>(scale->const_data_ptr()), static_cast<Kind>(kind)};
 }
 
+// Weights in the order that their results are wanted in.
+template <class Y, class Weights>
+auto ordered(const Y& y, const Weights& weights) {
+  if constexpr (Y::BY_TURNS)
+    return ByTurns<Weights>{weights, y.N / LANES / 2};
+  else
+    return weights;
+}
+
 template <class X, class Y>
-void multiply_strips(const X* x, const Weight& weight, const Results<Y>& y, int64_t R, int64_t K, int64_t products) {
+void multiply_strips(const X* x, const Weight& weight, const Y& y, int64_t R, int64_t K, int64_t products) {
   if constexpr (sizeof(X) == 2)
-    if (weight.kind == BF16) return multiply_bf16(x, laid<Pairs>(weight.strips, y.N, K), y, R, K, products);
+    if (weight.kind == BF16) return multiply_bf16(x, ordered(y, laid<Pairs>(weight.strips, y.N, K)), y, R, K, products);
   if (weight.kind == INT8) {
-    const auto strips = laid<Int8>(weight.strips, y.N, K);
+    const auto strips = ordered(y, laid<Int8>(weight.strips, y.N, K));
 #ifdef AXON_TILES
     if (products == TILES && tiles_allowed()) return multiply_in_tiles<TileInt8>(x, strips, weight.scales, y, R, K);
 #endif
@@ -325,9 +333,9 @@ void multiply_strips(const X* x, const Weight& weight, const Results<Y>& y, int6
   const auto strips = laid<Int4>(weight.strips, y.N, K);
 #ifdef AXON_TILES
   if (products == TILES && tiles_allowed() && R >= WIDENED_ROWS)
-    return multiply_in_tiles<TilePairs>(x, Widened{strips.strips, strips.length}, nullptr, y, R, K);
+    return multiply_in_tiles<TilePairs>(x, ordered(y, Widened{strips.strips, strips.length}), nullptr, y, R, K);
 #endif
-  multiply<Int4>(x, strips, nullptr, y, R, K);
+  multiply<Int4>(x, ordered(y, strips), nullptr, y, R, K);
 }
 
 }  // namespace
