@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from axon_llm.cache import KVCache
-from axon_llm.fast.attention import AttentionKernels
+from axon_llm.fast.attention import AttentionKernels, RopeAtOnce
 from axon_llm.fast.linear import ParallelLinear
-from axon_llm.fast.strips import LANES, StripLinear
+from axon_llm.fast.strips import LANES, StripEmbedding, StripLinear
 from axon_llm.layers.attention import Attention
 from axon_llm.layers.norm import RMSNorm
-from axon_llm.model import Blocks
+from axon_llm.model import Blocks, Transformer
 
 NO_WINDOW = 1 << 40  # wider than any sequence
 
@@ -132,7 +132,7 @@ class StripBlocks(Blocks):
         norms = [norm for block in blocks for norm in (block.input_layernorm, block.post_attention_layernorm)]
         head_norms = [norm for part in attention for norm in (part.q_norm, part.k_norm) if isinstance(norm, RMSNorm)]
         first = linears[0]
-        self._given = (
+        self.given = (
             [NO_WINDOW if window is None else window for window in self.windows],
             attention[0].num_heads,
             blocks[0].mlp.down_proj.in_features,
@@ -156,7 +156,7 @@ class StripBlocks(Blocks):
         """As :meth:`axon_llm.model.Blocks.forward`."""
         if cache is None or cache.k.dtype != x.dtype:
             return super().forward(x, positions, rope, cache)
-        y: Tensor = torch.ops.axon.strips_blocks(x, positions, *rope, cache.k, cache.v, *self._given)
+        y: Tensor = torch.ops.axon.strips_blocks(x, positions, *rope, cache.k, cache.v, *self.given)
         return y
 
 
@@ -179,6 +179,68 @@ class StripHead(nn.Module):
             x, norm.weight, norm.eps, linear.strips, linear.scale, linear.out_features, linear.strip_kind,
             linear.products,
         )  # fmt: skip
+        return y
+
+
+class StripTransformer(Transformer):
+    """The readable ``Transformer`` whose step is one call, from tokens to scores.
+
+    What it is called with is gathered once, as ``StripBlocks`` does. A prompt of which only one token is scored goes
+    through the parts, and so does what their call does not take.
+
+    Args:
+        model: whose parts are taken over: ``StripBlocks``, ``StripHead``, ``RopeAtOnce``.
+    """
+
+    def __init__(self, model: Transformer) -> None:
+        nn.Module.__init__(self)
+        self.config = model.config
+        for name, part in model.named_children():
+            setattr(self, name, part)
+        self.train(model.training)
+        self._gather()
+
+    @classmethod
+    def where_it_suits(cls, model: Transformer) -> StripTransformer | None:
+        """A model in one call of the same parts, if there can be one."""
+        embedding, head = model.embed_tokens, model.lm_head
+        even = model.config.hidden_size % 2 == 0 or not isinstance(embedding, StripEmbedding)
+        parts = isinstance(model.layers, StripBlocks) and isinstance(model.rope, RopeAtOnce)
+        if not (parts and even and isinstance(head, StripHead)) or head.norm.eps != model.config.norm_eps:
+            return None
+        return cls(model)
+
+    def _gather(self) -> None:
+        parts: Any = self  # of other types than those of a Transformer
+        embedding, rope, head = parts.embed_tokens, parts.rope.rope, parts.lm_head
+        linear = head.linear
+        self._before: tuple[Any, ...] = (
+            embedding.strips if isinstance(embedding, StripEmbedding) else embedding.weight,
+            self.config.hidden_size,
+            rope.inv_freq,
+            rope.scale,
+        )
+        self._after: tuple[Any, ...] = (
+            *parts.layers.given,
+            head.norm.weight,
+            linear.strips,
+            linear.scale,
+            linear.out_features,
+            linear.strip_kind,
+        )
+
+    def _apply(self, fn: Any, recurse: bool = True) -> StripTransformer:
+        super()._apply(fn, recurse)
+        self._gather()
+        return self
+
+    def forward(
+        self, tokens: Tensor, positions: Tensor, cache: KVCache | None = None, only: Tensor | None = None
+    ) -> Tensor:
+        """As :meth:`axon_llm.model.Transformer.forward`."""
+        if cache is None or only is not None or cache.k.dtype != torch.bfloat16:
+            return super().forward(tokens, positions, cache, only)
+        y: Tensor = torch.ops.axon.strips_step(tokens, positions, *self._before, cache.k, cache.v, *self._after)
         return y
 
 

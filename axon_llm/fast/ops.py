@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from enum import IntEnum
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,11 +36,18 @@ _library.define("lay_strips(Tensor words, Tensor(a!) strips) -> ()")
 _library.define("strip_rows(Tensor strips, Tensor channels, int words) -> Tensor")
 _library.define("bf16_attention(Tensor q, Tensor k, Tensor v, Tensor mask, int products) -> Tensor")
 _library.define("read_words(Tensor x) -> Tensor")
+_library.define("bf16_angles(Tensor positions, Tensor frequencies, float scale) -> Tensor")
 _library.define("bf16_rotate(Tensor x, Tensor cos, Tensor sin) -> Tensor")
 _library.define(
     "strips_blocks(Tensor x, Tensor positions, Tensor cos, Tensor sin, Tensor(a!) keys, Tensor(b!) values,"
     " int[] windows, int heads, int intermediate, float eps, Tensor[] norms, Tensor[] strips, Tensor[] scales,"
     " Tensor[] qkv_biases, Tensor[] out_biases, Tensor[] head_norms, int kind, int products) -> Tensor"
+)
+_library.define(
+    "strips_step(Tensor tokens, Tensor positions, Tensor table, int hidden, Tensor frequencies, float angle_scale,"
+    " Tensor(a!) keys, Tensor(b!) values, int[] windows, int heads, int intermediate, float eps, Tensor[] norms,"
+    " Tensor[] strips, Tensor[] scales, Tensor[] qkv_biases, Tensor[] out_biases, Tensor[] head_norms, int kind,"
+    " int products, Tensor last_norm, Tensor last, Tensor? last_scale, int out_features, int last_kind) -> Tensor"
 )
 _library.define(
     "strips_logits(Tensor x, Tensor norm, float eps, Tensor strips, Tensor? scale, int out_features, int kind,"
@@ -215,6 +223,12 @@ def _bf16_attention_shape(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, product
     return q.new_empty(q.shape)
 
 
+@torch.library.register_fake("axon::bf16_angles", lib=_library)
+def _bf16_angles_shape(positions: Tensor, frequencies: Tensor, scale: float) -> Tensor:
+    B, T = positions.shape
+    return frequencies.new_empty(2, B, 1, T, 2 * len(frequencies), dtype=torch.bfloat16)
+
+
 @torch.library.register_fake("axon::bf16_rotate", lib=_library)
 def _bf16_rotate_shape(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x.new_empty(x.shape)
@@ -223,6 +237,11 @@ def _bf16_rotate_shape(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 @torch.library.register_fake("axon::strips_blocks", lib=_library)
 def _strips_blocks_shape(x: Tensor, *_: object) -> Tensor:
     return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("axon::strips_step", lib=_library)
+def _strips_step_shape(tokens: Tensor, positions: Tensor, table: Tensor, hidden: int, *given: Any) -> Tensor:
+    return tokens.new_empty(*tokens.shape, given[-2], dtype=torch.float32)
 
 
 @torch.library.register_fake("axon::strips_logits", lib=_library)

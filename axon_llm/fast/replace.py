@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from axon_llm.errors import UsageError
 from axon_llm.fast import native, ops
-from axon_llm.fast.attention import AttentionKernels, fastest_attention
-from axon_llm.fast.blocks import FusedAttention, FusedFeedForward, StripBlocks, StripHead
+from axon_llm.fast.attention import AttentionKernels, RopeAtOnce, fastest_attention
+from axon_llm.fast.blocks import FusedAttention, FusedFeedForward, StripBlocks, StripHead, StripTransformer
 from axon_llm.fast.fp8 import Fp8Linear, quantise_fp8
 from axon_llm.fast.gpu.block import GpuBlock, GpuNorm
 from axon_llm.fast.gpu.linear import GpuLinear
@@ -48,7 +48,7 @@ def accelerate(
         plan: overrides the choice (tests, measurements).
 
     Returns:
-        The same model.
+        The same model, or another made of its parts.
 
     Raises:
         UsageError: an unknown quantisation, or one this device does not have.
@@ -134,21 +134,23 @@ def fuse(
 
 
 def join(model: Transformer) -> Transformer:
-    """Make one call of a fused model's blocks, and one of what follows them, where their weights are all in strips.
+    """Make one call of a fused model's blocks, and one of a whole step, where their weights are all in strips.
 
     Args:
         model: changed in place; its weights are those it keeps.
 
     Returns:
-        The same model.
+        The same model, or another made of its parts.
     """
     blocks = StripBlocks.where_they_suit(model.layers)
-    if blocks is not None:
-        model.layers = blocks
-        if isinstance(model.lm_head, StripLinear):
-            head = StripHead(model.norm, model.lm_head)
-            model.norm, model.lm_head = nn.Identity(), head  # type: ignore[assignment]
-    return model
+    if blocks is None:
+        return model
+    model.layers = blocks
+    model.rope = RopeAtOnce(model.rope)  # type: ignore[assignment]
+    if isinstance(model.lm_head, StripLinear):
+        head = StripHead(model.norm, model.lm_head)
+        model.norm, model.lm_head = nn.Identity(), head  # type: ignore[assignment]
+    return StripTransformer.where_it_suits(model) or model
 
 
 def describe(model: Transformer) -> dict[str, Any]:

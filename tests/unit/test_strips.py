@@ -14,10 +14,10 @@ import torch
 from test_fast import CONFIG, QWEN, prefill_and_decode, random_model
 
 from axon_llm.cache import KVCache
-from axon_llm.config import ModelConfig
+from axon_llm.config import ModelConfig, RopeConfig
 from axon_llm.fast import accelerate, describe, native, ops
-from axon_llm.fast.attention import attend_in_strips
-from axon_llm.fast.blocks import StripBlocks, StripHead
+from axon_llm.fast.attention import RopeAtOnce, attend_in_strips
+from axon_llm.fast.blocks import StripBlocks, StripHead, StripTransformer
 from axon_llm.fast.plan import Plan, attention_kernel, choose
 from axon_llm.fast.quantise import dequantise_int4, dequantise_int8, quantise_int4, quantise_int8
 from axon_llm.fast.strips import (
@@ -33,6 +33,7 @@ from axon_llm.fast.strips import (
     read_int8,
 )
 from axon_llm.layers.attention import attend
+from axon_llm.layers.rope import Rope
 from axon_llm.model import Blocks, Transformer
 
 MISSING = sorted(set(native.NARROW) - native.processor_flags())
@@ -531,12 +532,68 @@ def test_blocks_that_were_copied_or_converted_compute_with_what_they_have_now() 
 def test_weights_of_another_size_or_type_are_refused(place: int, wrong: object, message: str) -> None:
     plan = Plan("int8-strips", True, "", "", 16)
     model = accelerate(random_model(QWEN, torch.bfloat16), plan=plan)
-    given = list(model.layers._given)
+    given = list(model.layers.given)
     given[place] = [wrong] * len(given[place]) if isinstance(wrong, torch.Tensor) else wrong
-    model.layers._given = tuple(given)
+    model.layers.given = tuple(given)
+    model._gather()
     cache = KVCache(QWEN, slots=1, max_seq_len=8, dtype=torch.bfloat16)
-    with pytest.raises(RuntimeError, match=message):
-        model(torch.tensor([[1]]), torch.tensor([[0]]), cache)
+    for forward in (StripTransformer.forward, Transformer.forward):
+        with pytest.raises(RuntimeError, match=message):
+            forward(model, torch.tensor([[1]]), torch.tensor([[0]]), cache)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("slots", "tokens"), [(1, 1), (3, 1), (2, 5), (1, 70)])
+def test_a_step_in_one_call_gives_what_its_parts_do(
+    kind: str, tied: bool, slots: int, tokens: int, way: ops.Products
+) -> None:
+    config = replace(CONFIG, tie_word_embeddings=tied)
+    plan = Plan(f"{kind}-strips", True, "", "", 16)  # type: ignore[arg-type]
+    model = accelerate(random_model(config, torch.bfloat16), plan=plan)
+    assert isinstance(model, StripTransformer)
+    ids = torch.randint(0, config.vocab_size, (slots, tokens))
+    positions = torch.stack([torch.arange(3 * slot, 3 * slot + tokens) for slot in range(slots)])
+    caches = [KVCache(config, slots=slots, max_seq_len=80, dtype=torch.bfloat16) for _ in range(2)]
+    together, by_parts = model(ids, positions, caches[0]), Transformer.forward(model, ids, positions, caches[1])
+    assert together.dtype == torch.float32
+    assert torch.equal(together, by_parts)
+    assert torch.equal(caches[0].k, caches[1].k)
+    only = torch.full((slots,), tokens - 1)
+    last = [forward(model, ids, positions, caches[0], only) for forward in (type(model).forward, Transformer.forward)]
+    assert torch.equal(*last)
+
+
+@kernels
+def test_a_step_of_unlike_norms_or_of_tokens_that_do_not_exist_is_refused() -> None:
+    model = accelerate(random_model(CONFIG, torch.bfloat16))
+    assert StripTransformer.where_it_suits(model) is not None
+    cache = KVCache(CONFIG, slots=1, max_seq_len=8, dtype=torch.bfloat16)
+    for token in (-1, CONFIG.vocab_size + 16):
+        with pytest.raises(RuntimeError, match=f"no (row|token) {token}"):
+            model(torch.tensor([[token]]), torch.tensor([[0]]), cache)
+    model.lm_head.norm.eps *= 2
+    assert StripTransformer.where_it_suits(model) is None
+
+
+@kernels
+@pytest.mark.parametrize(
+    "rope",
+    [
+        RopeConfig(theta=10000.0),
+        RopeConfig(kind="yarn", theta=10000.0, factor=4.0, original_max_position_embeddings=4096, yarn_scale=1.14),
+    ],
+    ids=["plain", "scaled"],
+)
+def test_angles_in_one_call_are_those_of_the_readable_layer(rope: RopeConfig) -> None:
+    plain = Rope(replace(CONFIG, rope=rope))
+    positions = torch.stack([torch.arange(3000), torch.randint(0, 131072, (3000,))])
+    for dtype in (torch.bfloat16, torch.float32):
+        for one, other in zip(RopeAtOnce(plain)(positions, dtype), plain(positions, dtype), strict=True):
+            assert one.shape == other.shape
+            assert one.dtype == other.dtype == dtype
+            assert (one.view(torch.int16) != other.view(torch.int16)).float().mean() < 1e-4
+            assert (one - other).abs().max() < 0.01
 
 
 @kernels

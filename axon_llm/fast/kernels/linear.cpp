@@ -4,6 +4,8 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include "embedding.h"
+
 namespace {
 
 // Rows up to which a weight as it lies in a checkpoint is multiplied where it lies; for more it is laid in strips.
@@ -111,20 +113,8 @@ void lay_strips(const Tensor& words, Tensor strips) {
 Tensor strip_rows(const Tensor& strips, const Tensor& channels, int64_t wanted) {
   std::vector<int64_t> shape = sizes(channels);
   shape.push_back(wanted);
-  const int64_t words = strips.size(1);
-  STD_TORCH_CHECK(channels.scalar_type() == torch::headeronly::ScalarType::Long, "token ids are int64");
-  const Tensor numbers = in_order(channels);
   Tensor y = blank(shape, strips);
-  const auto* from = static_cast<const int32_t*>(strips.const_data_ptr());
-  const auto* channel = static_cast<const int64_t*>(numbers.const_data_ptr());
-  auto* to = static_cast<int32_t*>(y.mutable_data_ptr());
-  torch::stable::parallel_for(0, channels.numel(), 8, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i++) {
-      STD_TORCH_CHECK(channel[i] >= 0 && channel[i] < strips.size(0) * LANES, "there is no row ", channel[i]);
-      const int32_t* lane = from + channel[i] / LANES * words * LANES + channel[i] % LANES;
-      for (int64_t w = 0; w < wanted; w++) to[i * wanted + w] = lane[w * LANES];
-    }
-  });
+  gather_words(strips, channels, wanted, static_cast<int32_t*>(y.mutable_data_ptr()));
   return y;
 }
 

@@ -34,4 +34,7 @@ Tensor rotate(const Tensor& x, const Tensor& cos, const Tensor& sin) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(axon, CPU, m) { m.impl("bf16_rotate", TORCH_BOX(&rotate)); }
+STABLE_TORCH_LIBRARY_IMPL(axon, CPU, m) {
+  m.impl("bf16_angles", TORCH_BOX(&angles));
+  m.impl("bf16_rotate", TORCH_BOX(&rotate));
+}

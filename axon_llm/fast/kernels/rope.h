@@ -3,6 +3,8 @@
 
 #pragma once
 
+#include <cmath>
+
 #include "strips.h"
 
 namespace {
@@ -17,6 +19,33 @@ inline void turn_head(const uint16_t* from, uint16_t* to, const uint16_t* cos, c
     store(to + d, fms(one, load(cos + d, left), first), left);
     store(to + half + d, fma(two, load(cos + half + d, left), second), left);
   }
+}
+
+// Cosines and sines [2, B, 1, T, D] of positions [B, T], times a scale; bfloat16. The D / 2 frequencies are float32,
+// and so are the angles: those that the model was trained with.
+inline Tensor angles(const Tensor& positions, const Tensor& frequencies, double scale) {
+  STD_TORCH_CHECK(positions.scalar_type() == torch::headeronly::ScalarType::Long && positions.dim() == 2 &&
+                      frequencies.scalar_type() == torch::headeronly::ScalarType::Float,
+                  "int64 positions [B, T] and float32 frequencies are wanted");
+  const Tensor where = in_order(positions), turns = in_order(frequencies);
+  const int64_t count = positions.numel(), half = frequencies.numel();
+  Tensor y = blank({2, positions.size(0), 1, positions.size(1), 2 * half}, aoti_torch_dtype_bfloat16());
+  const auto* at = static_cast<const int64_t*>(where.const_data_ptr());
+  const auto* frequency = static_cast<const float*>(turns.const_data_ptr());
+  auto* cos = static_cast<uint16_t*>(y.mutable_data_ptr());
+  uint16_t* sin = cos + count * 2 * half;
+  const auto put = [&](uint16_t* to, double value) {
+    store(to, all(static_cast<float>(value) * static_cast<float>(scale)), 1);
+    to[half] = to[0];
+  };
+  torch::stable::parallel_for(0, count, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t token = begin; token < end; token++)
+      for (int64_t i = 0; i < half; i++) {
+        const double angle = static_cast<float>(at[token]) * frequency[i];
+        put(cos + token * 2 * half + i, std::cos(angle)), put(sin + token * 2 * half + i, std::sin(angle));
+      }
+  });
+  return y;
 }
 
 }  // namespace
