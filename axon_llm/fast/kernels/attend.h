@@ -7,7 +7,7 @@
 // Legend: B slots, T new tokens, S positions, Hq/Hkv query and KV heads, G = Hq / Hkv, D head_dim; a *row* is one query
 // head of one token, row t * G + g of its KV head.
 //
-// Read next: blocks.cpp.
+// Read next: blocks.h.
 
 #pragma once
 

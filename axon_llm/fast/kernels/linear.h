@@ -1,6 +1,6 @@
 // Linear layers: rows of activations times all strips of a weight. strips.py has the layouts in PyTorch.
 //
-// Read next: linear.cpp, blocks.cpp.
+// Read next: linear.cpp, blocks.h.
 
 #pragma once
 
@@ -124,8 +124,8 @@ inline uint8_t* bytes(const Memory& room) { return reinterpret_cast<uint8_t*>(ro
 
 // sums of `rows` rows += those from place `at` on, times blocks one after the other.
 template <class Format>
-inline void add_blocks(const uint8_t* p, int64_t blocks, const Activations& a, int64_t at, int64_t rows,
-                       typename Format::Sum* sums) {
+AXON_APART void add_blocks(const uint8_t* p, int64_t blocks, const Activations& a, int64_t at, int64_t rows,
+                           typename Format::Sum* sums) {
   const int64_t step = a.rows;
   if (rows == 1) {  // in a loop of its own, where the sum and what is multiplied stay in registers
     typename Format::Sum sum = sums[0];
@@ -144,13 +144,22 @@ inline void add_blocks(const uint8_t* p, int64_t blocks, const Activations& a, i
 
 // One row's sums of two strips += it times their blocks, read from both side by side.
 template <class Format>
-inline void add_beside(const uint8_t* const* w, int64_t blocks, const Activations& a, typename Format::Sum* sums) {
+AXON_APART void add_beside(const uint8_t* const* w, int64_t blocks, const Activations& a, typename Format::Sum* sums) {
   const auto both = [&](int64_t i) {
     const uint8_t *one = w[0] + i * Format::BYTES, *other = w[1] + i * Format::BYTES;
     fetch<AHEAD_INTO>(one + AHEAD, Format::BYTES), fetch<AHEAD_INTO>(other + AHEAD, Format::BYTES);
     return Beside<Format>(one, other);
   };
   multiply_by_two<Format, 1>(both, blocks, a, 0, sums, 1);
+}
+
+// Sums of `rows` rows and two strips, the second's `apart` from the first's, += those from place `at` on, times their
+// blocks.
+template <class Format>
+AXON_APART void add_beside(const uint8_t* const* w, int64_t blocks, const Activations& a, int64_t at, int64_t rows,
+                           typename Format::Sum* sums, int64_t apart) {
+  const auto both = [&](int64_t i) { return Beside<Format>(w[0] + i * Format::BYTES, w[1] + i * Format::BYTES); };
+  multiply_rows_by_two<Format>(both, blocks, a, at, rows, sums, apart);
 }
 
 // x [R, K] times the weights of all strips, which threads share: many rows. Several strips are multiplied by as much of
@@ -178,12 +187,7 @@ void multiply_many(const X* x, const Weights& weights, const float* scales, cons
             const int64_t rows = std::min(TOGETHER, R - from), at = b * a.rows + from;
             int64_t s = 0;
             if constexpr (HELD)
-              for (; s + 2 <= together; s += 2) {
-                const auto both = [&](int64_t i) {
-                  return Beside<Format>(w[s] + i * Format::BYTES, w[s + 1] + i * Format::BYTES);
-                };
-                multiply_rows_by_two<Format>(both, taken, a, at, rows, sums + s * R + from, R);
-              }
+              for (; s + 2 <= together; s += 2) add_beside<Format>(w + s, taken, a, at, rows, sums + s * R + from, R);
             for (; s < together; s++) add_blocks<Format>(w[s], taken, a, at, rows, sums + s * R + from);
           }
         }

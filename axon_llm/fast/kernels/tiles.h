@@ -9,7 +9,7 @@
 //
 // Legend: R rows, K input channels, N output channels
 //
-// Read next: linear.h.
+// Read next: results.h.
 
 #pragma once
 
@@ -164,8 +164,9 @@ inline void tile_product(const int32_t* rows, int64_t row_step, const Blocks& st
 
 // The same for `count` rows, a multiple of 16 or less than that, and one or two strips.
 template <class Format>
-inline void tile_products(const int32_t* rows, int64_t row_step, int64_t count, const Blocks& strips, int64_t how_many,
-                          int64_t blocks, int32_t* sums, int64_t sum_step, bool begun, bool ahead = false) {
+AXON_APART void tile_products(const int32_t* rows, int64_t row_step, int64_t count, const Blocks& strips,
+                              int64_t how_many, int64_t blocks, int32_t* sums, int64_t sum_step, bool begun,
+                              bool ahead = false) {
   int64_t r = 0;
   for (; r + 2 * TILE <= count; r += 2 * TILE) {
     const int32_t* x = rows + r * Format::WORDS;
