@@ -32,7 +32,7 @@ DEAD_LETTERS = "axon.dlx"
 # finds a queue gone waits for so long before declaring it, and idle consumers begin anew now and then.
 SETTLE_S = 1.0
 RENEW_IDLE_S = 60.0
-_NOT_FOUND = 404
+NOT_FOUND = 404
 _BACKOFF_S = (0.1, 5.0)
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_.:/@\-]{1,200}")
 
@@ -85,7 +85,7 @@ def is_there(connection: BlockingConnection, name: str) -> bool:
     try:
         channel.queue_declare(name, passive=True)
     except pika.exceptions.ChannelClosedByBroker as error:
-        if error.reply_code != _NOT_FOUND:
+        if error.reply_code != NOT_FOUND:
             raise
         return False
     channel.close()

@@ -12,7 +12,17 @@ import pika
 import pika.exceptions
 from pika.adapters.blocking_connection import BlockingChannel, BlockingConnection
 
-from axon_llm.serving.amqp import DEAD, RENEW_IDLE_S, SETTLE_S, Link, declare, is_there, jobs_queue, suspects_queue
+from axon_llm.serving.amqp import (
+    DEAD,
+    NOT_FOUND,
+    RENEW_IDLE_S,
+    SETTLE_S,
+    Link,
+    declare,
+    is_there,
+    jobs_queue,
+    suspects_queue,
+)
 from axon_llm.serving.ports import Delivery
 from axon_llm.serving.publisher import Publisher
 from axon_llm.serving.settings import ServingSettings
@@ -58,8 +68,9 @@ class _Subscription:
             return
         try:
             waiting = self.channel.queue_declare(self.queue_name, passive=True).method
-        except pika.exceptions.ChannelClosedByBroker:
-            log.warning(_DELETED)  # seen before the broker could say so
+        except pika.exceptions.ChannelClosedByBroker as error:
+            if error.reply_code == NOT_FOUND:
+                log.warning(_DELETED)  # seen before the broker could say so
             raise
         stalled = waiting.message_count > 0 and len(self.held) < self.prefetch and not self._delivered
         self._stalled = self._stalled + 1 if stalled else 0

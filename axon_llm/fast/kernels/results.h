@@ -40,8 +40,8 @@ Results<Y> into(Y* y, int64_t N) {
 }
 
 // silu(gate) * up [R, I] of a gate and what goes through it: strips of the one and of the other come by turns, an even
-// number at a time. Results of both are never stored: that would be four times as much as what comes of them, written
-// by all threads and read by one. I is a multiple of LANES.
+// number at a time. Results of both are never stored: that would be twice as much as what comes of them, written by
+// all threads and read by one. I is a multiple of LANES.
 struct Gated {
   static constexpr bool BY_TURNS = true;
   uint16_t* y;
