@@ -32,6 +32,15 @@ Tensor rotate(const Tensor& x, const Tensor& cos, const Tensor& sin) {
   return y;
 }
 
+// Cosines and sines [2, B, 1, T, D], bfloat16: see put_angles.
+Tensor angles(const Tensor& positions, const Tensor& frequencies, double scale) {
+  const int64_t D = 2 * frequencies.numel();
+  Tensor y = blank({2, positions.size(0), 1, positions.size(1), D}, aoti_torch_dtype_bfloat16());
+  auto* cos = static_cast<uint16_t*>(y.mutable_data_ptr());
+  put_angles(positions, frequencies, scale, cos, cos + positions.numel() * D);
+  return y;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(axon, CPU, m) {

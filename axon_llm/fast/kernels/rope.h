@@ -21,31 +21,27 @@ inline void turn_head(const uint16_t* from, uint16_t* to, const uint16_t* cos, c
   }
 }
 
-// Cosines and sines [2, B, 1, T, D] of positions [B, T], times a scale; bfloat16. The D / 2 frequencies are float32,
-// and so are the angles: those that the model was trained with.
-inline Tensor angles(const Tensor& positions, const Tensor& frequencies, double scale) {
+// Cosines and sines of positions [B, T], times a scale, [B, T, D] each. The D / 2 frequencies are float32, and so are
+// the angles: those that the model was trained with.
+inline void put_angles(const Tensor& positions, const Tensor& frequencies, double scale, uint16_t* cos, uint16_t* sin) {
   STD_TORCH_CHECK(positions.scalar_type() == torch::headeronly::ScalarType::Long && positions.dim() == 2 &&
                       frequencies.scalar_type() == torch::headeronly::ScalarType::Float,
                   "int64 positions [B, T] and float32 frequencies are wanted");
   const Tensor where = in_order(positions), turns = in_order(frequencies);
-  const int64_t count = positions.numel(), half = frequencies.numel();
-  Tensor y = blank({2, positions.size(0), 1, positions.size(1), 2 * half}, aoti_torch_dtype_bfloat16());
+  const int64_t half = frequencies.numel();
   const auto* at = static_cast<const int64_t*>(where.const_data_ptr());
   const auto* frequency = static_cast<const float*>(turns.const_data_ptr());
-  auto* cos = static_cast<uint16_t*>(y.mutable_data_ptr());
-  uint16_t* sin = cos + count * 2 * half;
   const auto put = [&](uint16_t* to, double value) {
     store(to, all(static_cast<float>(value) * static_cast<float>(scale)), 1);
     to[half] = to[0];
   };
-  torch::stable::parallel_for(0, count, 16, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, positions.numel(), 16, [&](int64_t begin, int64_t end) {
     for (int64_t token = begin; token < end; token++)
       for (int64_t i = 0; i < half; i++) {
         const double angle = static_cast<float>(at[token]) * frequency[i];
         put(cos + token * 2 * half + i, std::cos(angle)), put(sin + token * 2 * half + i, std::sin(angle));
       }
   });
-  return y;
 }
 
 }  // namespace
