@@ -110,7 +110,7 @@ class ByVectors : public Format {
   ByVectors(const Activations& a, int64_t, int64_t D, uint8_t* room) : a_(a), D_(D), room_(room) {}
 
   // scores [PIECE / 16, rows] of a piece.
-  AXON_APART void score(const Piece& k, Floats* scores) const {
+  void score(const Piece& k, Floats* scores) const {
     const int64_t blocks = pieces_of(k.D, Format::INPUTS), rows = a_.rows;
     std::fill(scores, scores + PIECE / 16 * rows, all(0.0f));
     if (rows <= FEW && k.whole())
@@ -138,7 +138,7 @@ class ByVectors : public Format {
   }
 
   // sums [strips, rows] += the scores' weights times a piece.
-  AXON_APART void add(const Activations& weights, const Piece& v, Floats* sums) const {
+  void add(const Activations& weights, const Piece& v, Floats* sums) const {
     constexpr int64_t blocks = PIECE / Format::INPUTS;
     const int64_t rows = a_.rows;
     if (rows <= FEW && v.whole())
@@ -210,7 +210,7 @@ class ByTiles : public TilePairs {
                  [&](int64_t r) { return words_at(a.words + (b * TILE + r) * TILE); });
   }
 
-  AXON_APART void score(const Piece& k, Floats* scores) const {
+  void score(const Piece& k, Floats* scores) const {
     const int64_t blocks = pieces_of(k.D, INPUTS);
     if (turned_ != nullptr && k.whole()) return score_few(k, blocks, scores);
     lay_keys(k.from, k.stride, k.count, k.D, room_);
@@ -236,7 +236,7 @@ class ByTiles : public TilePairs {
     fetch(reinterpret_cast<const uint8_t*>(v.from) + r * share, share);
   }
 
-  AXON_APART void add(const Activations& weights, const Piece& v, Floats* sums) const {
+  void add(const Activations& weights, const Piece& v, Floats* sums) const {
     const bool whole = v.whole();
     const int64_t blocks = pieces_of(v.D, INPUTS), line = whole ? 2 * v.stride : 64 * blocks;
     if (!whole)  // copied, with zeros to the end

@@ -124,8 +124,8 @@ inline uint8_t* bytes(const Memory& room) { return reinterpret_cast<uint8_t*>(ro
 
 // sums of `rows` rows += those from place `at` on, times blocks one after the other.
 template <class Format>
-AXON_APART void add_blocks(const uint8_t* p, int64_t blocks, const Activations& a, int64_t at, int64_t rows,
-                           typename Format::Sum* sums) {
+inline void add_blocks(const uint8_t* p, int64_t blocks, const Activations& a, int64_t at, int64_t rows,
+                       typename Format::Sum* sums) {
   const int64_t step = a.rows;
   if (rows == 1) {  // in a loop of its own, where the sum and what is multiplied stay in registers
     typename Format::Sum sum = sums[0];
@@ -144,7 +144,7 @@ AXON_APART void add_blocks(const uint8_t* p, int64_t blocks, const Activations& 
 
 // One row's sums of two strips += it times their blocks, read from both side by side.
 template <class Format>
-AXON_APART void add_beside(const uint8_t* const* w, int64_t blocks, const Activations& a, typename Format::Sum* sums) {
+inline void add_beside(const uint8_t* const* w, int64_t blocks, const Activations& a, typename Format::Sum* sums) {
   const auto both = [&](int64_t i) {
     const uint8_t *one = w[0] + i * Format::BYTES, *other = w[1] + i * Format::BYTES;
     fetch<AHEAD_INTO>(one + AHEAD, Format::BYTES), fetch<AHEAD_INTO>(other + AHEAD, Format::BYTES);
@@ -156,8 +156,8 @@ AXON_APART void add_beside(const uint8_t* const* w, int64_t blocks, const Activa
 // Sums of `rows` rows and two strips, the second's `apart` from the first's, += those from place `at` on, times their
 // blocks.
 template <class Format>
-AXON_APART void add_beside(const uint8_t* const* w, int64_t blocks, const Activations& a, int64_t at, int64_t rows,
-                           typename Format::Sum* sums, int64_t apart) {
+inline void add_beside(const uint8_t* const* w, int64_t blocks, const Activations& a, int64_t at, int64_t rows,
+                       typename Format::Sum* sums, int64_t apart) {
   const auto both = [&](int64_t i) { return Beside<Format>(w[0] + i * Format::BYTES, w[1] + i * Format::BYTES); };
   multiply_rows_by_two<Format>(both, blocks, a, at, rows, sums, apart);
 }

@@ -65,10 +65,6 @@ constexpr auto AHEAD_INTO = _MM_HINT_T1;
 // One row takes two strips at once: of int4 that is 1.04 times as fast on Intel with AMX, on Zen 4 slower.
 constexpr bool ALONE_BY_TWO = AHEAD_ROWS == 1;
 
-// Loops that are called rarely enough: compiled once for a format, and not again for every sort of weights and results
-// that it is used with, which takes the compiler twice as long in all.
-#define AXON_APART [[gnu::noinline]]
-
 // Words of memory whose beginning a register can be read from at once.
 using Memory = std::unique_ptr<int32_t[], decltype(&std::free)>;
 inline Memory memory(int64_t words) {

@@ -162,8 +162,7 @@ inline void tile_product(const int32_t* rows, int64_t row_step, const Blocks& st
   if constexpr (ROWS == 2 && STRIPS == 2) _tile_stored(3, sums + sum_step + NEXT, BYTES);
 }
 
-// The same for `count` rows, a multiple of 16 or less than that, and one or two strips. Not AXON_APART: one row of
-// bfloat16 would be 7 % slower.
+// The same for `count` rows, a multiple of 16 or less than that, and one or two strips.
 template <class Format>
 inline void tile_products(const int32_t* rows, int64_t row_step, int64_t count, const Blocks& strips, int64_t how_many,
                           int64_t blocks, int32_t* sums, int64_t sum_step, bool begun, bool ahead = false) {
