@@ -1,7 +1,8 @@
 // What is in a strip, and how rows are multiplied by it: bfloat16 in pairs or widened, int8, int4.
 //
 // Each format says how activations are prepared, how a block is loaded, how ROWS rows are multiplied by it, or by the
-// blocks of two strips, and how a sum becomes a result.
+// blocks of two strips, and how a sum becomes a result. Multiplying is always inline: in a call of its own a block that
+// was loaded goes through memory, and one row of int4 took twice as long.
 //
 // Read next: tiles.h.
 
@@ -96,7 +97,7 @@ struct Pairs {
 
 #ifdef AXON_PAIRS
   template <int ROWS, int STRIPS = 1>
-  static inline void multiply(const auto& block, const Activations& a, int64_t at, Sum* sums) {
+  [[gnu::always_inline]] static inline void multiply(const auto& block, const Activations& a, int64_t at, Sum* sums) {
     constexpr bool ONCE = ROWS * STRIPS == 1;
     const int32_t* x = a.words + at * WORDS;
     Floats parts[STRIPS * ROWS][2];
@@ -137,7 +138,7 @@ struct WidePairs : Pairs {
   }
 
   template <int ROWS, int STRIPS = 1>
-  static inline void multiply(const auto& block, const Activations& a, int64_t at, Sum* sums) {
+  [[gnu::always_inline]] static inline void multiply(const auto& block, const Activations& a, int64_t at, Sum* sums) {
     constexpr int LAST = HELD ? 1 : 0;  // for every number of rows, or a row's sum would depend on it
     const float* x = reinterpret_cast<const float*>(a.words) + at * WORDS;
     Floats parts[STRIPS * ROWS][LAST + 1];
@@ -206,7 +207,7 @@ struct Int8 {
   static Sum first(const Activations& a, int64_t r) { return all(a.start[r]); }
 
   template <int ROWS, int STRIPS = 1>
-  static inline void multiply(const auto& block, const Activations& a, int64_t at, Sum* sums) {
+  [[gnu::always_inline]] static inline void multiply(const auto& block, const Activations& a, int64_t at, Sum* sums) {
     constexpr bool ONCE = ROWS * STRIPS == 1;
     constexpr int LAST = TURNS<ROWS> - 1;
     const int32_t* x = a.words + at * WORDS;
@@ -242,9 +243,10 @@ struct Int4 {
   using Block = Loaded<Int4>;
   using Alone = std::conditional_t<HELD, Block, InPlace<Int4>>;
 
-  // Of the half bytes of word i of a block: eight words to a group.
+  // Of the half bytes of word i of a block: eight words to a group. Two words, and the two factors of a group, are
+  // `now` read once: GCC would read them again for each, and Zen 4 takes a cycle to read 64 bytes.
   static Words word(const uint8_t* p, int i) {
-    const Words both = words_at(p + i / 8 * (BYTES / 2) + i % 8 / 2 * 64);
+    const Words both = now(words_at(p + i / 8 * (BYTES / 2) + i % 8 / 2 * 64));
     return i % 2 == 0 ? low_halves(both) : high_halves(both);
   }
 
@@ -276,7 +278,7 @@ struct Int4 {
   static Sum first(const Activations&, int64_t) { return all(0.0f); }
 
   template <int ROWS, int STRIPS = 1>
-  static inline void multiply(const auto& block, const Activations& a, int64_t at, Sum* sums) {
+  [[gnu::always_inline]] static inline void multiply(const auto& block, const Activations& a, int64_t at, Sum* sums) {
     const int32_t *x = a.words + at * WORDS, *start = a.start.data() + 2 * at;
     const float *scale = a.scale.data() + 2 * at, *sum = a.sum.data() + 2 * at;
     constexpr bool ONCE = ROWS * STRIPS == 1;
@@ -304,7 +306,7 @@ struct Int4 {
       for (int g = first; g < first + GROUPS; g++)
 #pragma GCC unroll 2
         for (int s = 0; s < STRIPS; s++) {
-          const Words factors = words_at(block.from(s) + g * (BYTES / 2) + 256);
+          const Words factors = now(words_at(block.from(s) + g * (BYTES / 2) + 256));
 #pragma GCC unroll 4
           for (int r = 0; r < ROWS; r++) {
             Sum& here = sums[s * ROWS + r];
