@@ -222,6 +222,16 @@ def test_attention_is_the_readable_attention(
     assert relative(attend_in_strips(way)(q, k, v, mask), exact) < 0.005
 
 
+@pytest.mark.parametrize(("Hq", "D"), [(8, 64), (6, 128), (14, 96), (2, 32), (8, 40)])
+def test_a_token_sees_the_same_to_the_last_bit_whatever_looks_with_it(Hq: int, D: int, way: ops.Products) -> None:
+    q, (k, v) = numbers(1, Hq, 30, D).bfloat16(), numbers(2, 1, 2, 1500, D, seed=1).bfloat16()
+    mask = torch.ones(30, 1500, dtype=torch.bool).tril(1450)[None, None]
+    all_of_them = attend_in_strips(way)(q, k, v, mask)
+    for t in (0, 17, 29):
+        alone = attend_in_strips(way)(q[:, :, t : t + 1], k, v, mask[:, :, t : t + 1])
+        assert torch.equal(alone, all_of_them[:, :, t : t + 1])
+
+
 def test_attention_takes_keys_and_values_that_lie_apart(way: ops.Products) -> None:
     both = numbers(1, 2, 192, 160).bfloat16()
     k, v, q = both[..., :64], both[..., 64:128], numbers(1, 8, 1, 64, seed=1).bfloat16()

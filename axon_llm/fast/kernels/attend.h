@@ -40,15 +40,22 @@ inline Heads<const uint16_t> heads_of(const Tensor& x) {
   return {static_cast<const uint16_t*>(x.const_data_ptr()), x.stride(0), x.stride(1), x.stride(2)};
 }
 
-// Which positions a token may see: bit i of at(b, t, s) is position s + i. By a mask [B or 1, 1, T, S], …
-class Masked {
+// Which positions a token may see: bit i of at(b, t, s) is position s + i.
+class Sight {
+ public:
+  virtual ~Sight() = default;
+  virtual uint64_t at(int64_t b, int64_t t, int64_t s) const = 0;
+};
+
+// By a mask [B or 1, 1, T, S], …
+class Masked final : public Sight {
  public:
   Masked(const Tensor& mask, const Shape& z)
       : mask_(in_order(mask)), step_(mask.size(0) == 1 ? 0 : z.T * z.S), S_(z.S) {
     STD_TORCH_CHECK(mask.size(1) == 1 && mask.size(2) == z.T && mask.size(3) == z.S,
                     "a mask [B or 1, 1, T, S] is wanted");
   }
-  uint64_t at(int64_t b, int64_t t, int64_t s) const {
+  uint64_t at(int64_t b, int64_t t, int64_t s) const override {
     return set_at(static_cast<const uint8_t*>(mask_.const_data_ptr()) + b * step_ + t * S_ + s, S_ - s);
   }
 
@@ -58,10 +65,10 @@ class Masked {
 };
 
 // … or by its own position [B, T]: itself and what came before it, `window` tokens in all.
-class Causal {
+class Causal final : public Sight {
  public:
   Causal(const int64_t* positions, int64_t T, int64_t window) : positions_(positions), T_(T), window_(window) {}
-  uint64_t at(int64_t b, int64_t t, int64_t s) const {
+  uint64_t at(int64_t b, int64_t t, int64_t s) const override {
     const int64_t past = positions_[b * T_ + t] + 1 - s;
     return first(past) & ~first(past - window_);
   }
@@ -75,7 +82,7 @@ class Causal {
 };
 
 // The pieces of which rows from `begin` to `end` may see something, by their first positions.
-inline std::vector<int64_t> visible_pieces(const Shape& z, int64_t b, int64_t begin, int64_t end, const auto& sight) {
+inline std::vector<int64_t> visible_pieces(const Shape& z, int64_t b, int64_t begin, int64_t end, const Sight& sight) {
   std::vector<int64_t> pieces;
   for (int64_t s = 0; s < z.S; s += PIECE) {
     uint64_t any = 0;
@@ -94,14 +101,15 @@ struct KeysAndValues {
 template <class Format>
 void attend_rows(const Shape& z, int64_t b, const uint16_t* const* queries, int64_t begin, int64_t end,
                  const KeysAndValues& here, const KeysAndValues& then, int64_t k_stride, int64_t v_stride,
-                 const auto& sight, uint16_t* const* out) {
+                 const Sight& sight, uint16_t* const* out) {
   const int64_t R = end - begin, rows = Format::places(R), key_blocks = pieces_of(z.D, Format::INPUTS);
   // one after the other, in registers' worth: strips, scores, sums
   const int64_t room_size = PIECE * key_blocks, score_size = PIECE / 16 * rows;  // room: values take as much as keys
   const int64_t sum_size = Format::sums(rows, z.D);
-  const Memory owned = memory(16 * (room_size + score_size + sum_size));
+  const int64_t all_size = static_cast<int64_t>(Format::SCORED) * score_size;
+  const Memory owned = memory(16 * (room_size + all_size + sum_size));
   auto* registers = reinterpret_cast<Floats*>(owned.get());
-  Floats *scores = registers + room_size, *sums = scores + score_size;
+  Floats *all_scores = registers + room_size, *sums = all_scores + all_size;
   std::fill(sums, sums + sum_size, all(0.0f));
 
   Activations a(rows), weights(rows);
@@ -118,12 +126,18 @@ void attend_rows(const Shape& z, int64_t b, const uint16_t* const* queries, int6
   const Floats nothing = all(-std::numeric_limits<float>::infinity());
 
   const std::vector<int64_t> pieces = visible_pieces(z, b, begin, end, sight);
+  // A head's keys, or its values, of the i-th piece; after the last one the first of what is looked at next.
+  const auto piece = [&](size_t i, const uint16_t* from, const uint16_t* then_from, int64_t stride) {
+    const uint16_t* next = i + 1 < pieces.size() ? from + pieces[i + 1] * stride : then_from + pieces[0] * stride;
+    return Piece{from + pieces[i] * stride, next, stride, std::min(PIECE, z.S - pieces[i]), z.D};
+  };
   for (size_t i = 0; i < pieces.size(); i++) {
-    const bool more = i + 1 < pieces.size();
-    const KeysAndValues& then_here = more ? here : then;
-    const int64_t s = pieces[i], next = more ? pieces[i + 1] : pieces[0], count = std::min(PIECE, z.S - s);
-    products.score({here.k + s * k_stride, then_here.k + next * k_stride, k_stride, count, z.D}, scores);
-    const Piece v{here.v + s * v_stride, then_here.v + next * v_stride, v_stride, count, z.D};
+    if (i % Format::SCORED == 0)
+      for (size_t j = i; j < std::min(i + Format::SCORED, pieces.size()); j++)
+        products.score(piece(j, here.k, then.k, k_stride), all_scores + static_cast<int64_t>(j - i) * score_size);
+    const Floats* scores = all_scores + static_cast<int64_t>(i % Format::SCORED) * score_size;
+    const int64_t s = pieces[i];
+    const Piece v = piece(i, here.v, then.v, v_stride);
     for (int64_t r = 0; r < R; r++) {
       products.meanwhile(v, r);
       const uint64_t seen = sight.at(b, (begin + r) / z.G, s);
@@ -158,7 +172,7 @@ void attend_rows(const Shape& z, int64_t b, const uint16_t* const* queries, int6
 // Queries q [B, Hq, T] look at keys and values k, v [B, Hkv, S] that they may see: y as q.
 template <class Format, class Held = int64_t>
 void attend_by(const Shape& z, const Heads<const uint16_t>& q, const Heads<const uint16_t>& k,
-               const Heads<const uint16_t>& v, const auto& sight, const Heads<uint16_t>& y) {
+               const Heads<const uint16_t>& v, const Sight& sight, const Heads<uint16_t>& y) {
   const int64_t all = z.T * z.G, tasks = pieces_of(all, ROWS);
   const int64_t count = z.B * z.Hkv * tasks;
   share(count, 1, [&](Pieces& pieces) {
@@ -182,11 +196,12 @@ void attend_by(const Shape& z, const Heads<const uint16_t>& q, const Heads<const
 }
 
 inline void attend(const Shape& z, const Heads<const uint16_t>& q, const Heads<const uint16_t>& k,
-                   const Heads<const uint16_t>& v, const auto& sight, const Heads<uint16_t>& y, int64_t products) {
+                   const Heads<const uint16_t>& v, const Sight& sight, const Heads<uint16_t>& y, int64_t products) {
 #ifdef AXON_TILES
   if (products == TILES && tiles_allowed()) return attend_by<ByTiles, Tiles>(z, q, k, v, sight, y);
 #endif
 #ifdef AXON_PAIRS
+  if (products != WIDE && z.T * z.G <= AsTheyLie::FEW) return attend_by<AsTheyLie>(z, q, k, v, sight, y);
   if (products != WIDE) return attend_by<ByVectors<Pairs>>(z, q, k, v, sight, y);
 #endif
   attend_by<ByVectors<WidePairs>>(z, q, k, v, sight, y);

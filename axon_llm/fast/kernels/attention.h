@@ -2,7 +2,7 @@
 //
 // Products are those of linear layers: keys are strips whose channels are the positions, so that scores come 16
 // positions to a register, and values are strips whose channels are the head's. Few rows take both as they lie in the
-// cache and turn or pair up what they need in registers; many lay them in strips first.
+// cache; many lay them in strips first.
 //
 // Legend: D head_dim; a *row* is one query head of one token
 //
@@ -49,44 +49,64 @@ inline void put_weights(const WidePairs&, int32_t* words, int64_t rows, int64_t 
   put(reinterpret_cast<float*>(block) + s % Pairs::INPUTS, p);
 }
 
-// A block of keys as multiply() wants it: 32 channels of 16 positions, turned in registers.
-class Turned {
- public:
-  Turned(const uint16_t* k, int64_t stride) {
+// sums [2, rows] += rows times `blocks` blocks of two strips, one after the other.
+template <class Format>
+inline void add_strips(const uint8_t* p, int64_t blocks, const Activations& a, Floats* sums) {
+  const int64_t length = blocks * Format::BYTES;
+  if constexpr (HELD) {
+    const auto both = [&](int64_t b) { return Beside<Format>(p + b * Format::BYTES, p + length + b * Format::BYTES); };
+    multiply_rows_by_two<Format>(both, blocks, a, 0, a.rows, sums, a.rows);
+  } else
+    for (int64_t s = 0; s < 2; s++)
+      for (int64_t b = 0; b < blocks; b++)
+        multiply_rows<Format>(typename Format::Block(p + s * length + b * Format::BYTES), a, b * a.rows, a.rows,
+                              sums + s * a.rows);
+}
+
+// The same of keys' strips, with sums that begin now: scores.
+inline void score_strips(const WidePairs&, const uint8_t* p, int64_t blocks, const Activations& a, Floats* scores) {
+  std::fill_n(scores, 2 * a.rows, all(0.0f));
+  add_strips<WidePairs>(p, blocks, a, scores);
+}
+
+#ifdef AXON_PAIRS
+// The pairs in the order of `AsTheyLie`: four sums, by turns.
+template <int ROWS>
+inline void score_rows(const uint8_t* p, int64_t blocks, const Activations& a, int64_t r, Floats* scores) {
+  Floats parts[2][ROWS][4];
+#pragma GCC unroll 2
+  for (auto& strip : parts)
+#pragma GCC unroll 2
+    for (auto& row : strip)
+#pragma GCC unroll 4
+      for (auto& part : row) part = all(0.0f);
+  for (int64_t b = 0; b < blocks; b++, p += Pairs::BYTES) {
+    const int32_t* x = a.words + (b * a.rows + r) * Pairs::WORDS;
 #pragma GCC unroll 16
-    for (int64_t i = 0; i < 16; i++) words_[i] = words_at(k + i * stride);
-    turn(words_);
+    for (int i = 0; i < 16; i++) {
+      const Words w[2] = {Pairs::word(p, i), Pairs::word(p + blocks * Pairs::BYTES, i)};
+#pragma GCC unroll 2
+      for (int row = 0; row < ROWS; row++) {
+        const Words pair = all(x[row * Pairs::WORDS + i]);
+#pragma GCC unroll 2
+        for (int s = 0; s < 2; s++) parts[s][row][i % 4] = add_pairs(parts[s][row][i % 4], w[s], pair);
+      }
+    }
   }
-  Words word(int, int i) const { return words_[i]; }
-  const Turned& again() const { return *this; }
-
- private:
-  Words words_[16];
-};
-
-// The blocks of two strips of values: 32 positions of 32 channels, paired up when they are wanted, in order. With each
-// pair some of what lies `ahead` is fetched: evenly, for the processor can only wait for so much at a time.
-class PairedUp {
- public:
-  PairedUp(const uint16_t* v, int64_t stride, const uint8_t* ahead) : next_(v), ahead_(ahead), stride_(stride) {}
-  Words word(int s, int) const {
-    if (s == 1) return high_;
-    const Words even = words_at(next_), odd = words_at(next_ + stride_);
-    Words low;
-    next_ += 2 * stride_;
-    fetch<_MM_HINT_NTA>(ahead_, 64);
-    ahead_ += 64;
-    asm volatile("" : "+r"(next_), "+r"(ahead_));  // or GCC computes all addresses beforehand, and has no registers
-    pair_up(now(even), now(odd), low, high_);
-    return low;
-  }
-
- private:
-  mutable const uint16_t* next_;
-  mutable const uint8_t* ahead_;
-  const int64_t stride_;
-  mutable Words high_;
-};
+#pragma GCC unroll 2
+  for (int s = 0; s < 2; s++)
+#pragma GCC unroll 2
+    for (int row = 0; row < ROWS; row++) {
+      const auto& four = parts[s][row];
+      scores[s * a.rows + r + row] = (four[0] + four[2]) + (four[1] + four[3]);
+    }
+}
+inline void score_strips(const Pairs&, const uint8_t* p, int64_t blocks, const Activations& a, Floats* scores) {
+  int64_t r = 0;
+  for (; r + 2 <= a.rows; r += 2) score_rows<2>(p, blocks, a, r, scores);
+  if (r < a.rows) score_rows<1>(p, blocks, a, r, scores);
+}
+#endif
 
 // A piece of a cache's keys, or of its values: [count, D], `stride` apart. What is needed `next` has as many.
 struct Piece {
@@ -100,7 +120,7 @@ struct Piece {
 template <class Format>
 class ByVectors : public Format {
  public:
-  static constexpr int64_t FEW = HELD ? 8 : 0;  // rows: for more, values would be paired up more than twice
+  static constexpr size_t SCORED = 1;  // pieces that are scored before their values are looked at
 
   // Places for R rows; registers for their sums; words for their weights.
   static int64_t places(int64_t R) { return R; }
@@ -111,18 +131,13 @@ class ByVectors : public Format {
 
   // scores [PIECE / 16, rows] of a piece.
   void score(const Piece& k, Floats* scores) const {
-    const int64_t blocks = pieces_of(k.D, Format::INPUTS), rows = a_.rows;
-    std::fill(scores, scores + PIECE / 16 * rows, all(0.0f));
-    if (rows <= FEW && k.whole())
-      for (int64_t s = 0; s < PIECE; s += 16, scores += rows)
-        for (int64_t b = 0; b < blocks; b++) {
-          fetch<_MM_HINT_NTA>(reinterpret_cast<const uint8_t*>(k.next) + (s / 16 * blocks + b) * 1024, 1024);
-          multiply_rows<Format>(Turned(k.from + s * k.stride + b * Format::INPUTS, k.stride), a_, b * rows, rows,
-                                scores);
-        }
-    else {
-      lay_keys(k.from, k.stride, k.count, k.D, room_);
-      add_strips(a_, blocks, PIECE / 16, scores, k.next);
+    const int64_t blocks = pieces_of(k.D, Format::INPUTS), length = blocks * Format::BYTES;
+    lay_keys(k.from, k.stride, k.count, k.D, room_);
+    const auto* ahead = reinterpret_cast<const uint8_t*>(k.next);
+    const uint8_t* p = room_;
+    for (int64_t s = 0; s < PIECE; s += 32, p += 2 * length, ahead += 2 * length, scores += 2 * a_.rows) {
+      fetch(ahead, 2 * length);
+      score_strips(*this, p, blocks, a_, scores);
     }
   }
 
@@ -131,27 +146,18 @@ class ByVectors : public Format {
     ::put_weights(*this, words, a_.rows, r, s, p);
   }
 
-  // While row r's scores become weights, some of the next values are fetched: the first half of them, in all.
-  void meanwhile(const Piece& v, int64_t r) const {
-    const int64_t share = PIECE * v.D / a_.rows;
-    if (a_.rows <= FEW) fetch<_MM_HINT_NTA>(reinterpret_cast<const uint8_t*>(v.next) + r * share, share);
-  }
+  // What can be fetched while row r's scores become weights.
+  void meanwhile(const Piece&, int64_t) const {}
 
   // sums [strips, rows] += the scores' weights times a piece.
   void add(const Activations& weights, const Piece& v, Floats* sums) const {
-    constexpr int64_t blocks = PIECE / Format::INPUTS;
-    const int64_t rows = a_.rows;
-    if (rows <= FEW && v.whole())
-      for (int64_t d = 0; d < v.D; d += 32, sums += 2 * rows) {
-        const auto both = [&](int64_t b) {
-          const auto* ahead = reinterpret_cast<const uint8_t*>(v.next) + PIECE * v.D + (d / 32 * blocks + b) * 1024;
-          return PairedUp(v.from + b * Format::INPUTS * v.stride + d, v.stride, ahead);
-        };
-        multiply_rows_by_two<Format>(both, blocks, weights, 0, rows, sums, rows);
-      }
-    else {
-      lay_values(v.from, v.stride, v.count, v.D, room_);
-      add_strips(weights, blocks, strips(v.D), sums, v.next);
+    constexpr int64_t blocks = PIECE / Format::INPUTS, length = blocks * Format::BYTES;
+    lay_values(v.from, v.stride, v.count, v.D, room_);
+    const auto* ahead = reinterpret_cast<const uint8_t*>(v.next);
+    const uint8_t* p = room_;
+    for (int64_t d = 0; d < v.D; d += 32, p += 2 * length, ahead += 2 * length, sums += 2 * a_.rows) {
+      fetch(ahead, 2 * length);
+      add_strips<Format>(p, blocks, weights, sums);
     }
   }
 
@@ -163,33 +169,137 @@ class ByVectors : public Format {
     for (int64_t i = 0; i < strips(D_); i++) store(out + 16 * i, sums[i * a_.rows + r] * by, D_ - 16 * i);
   }
 
- private:
-  static int64_t strips(int64_t D) { return round_up(D, 32) / 16; }
-
-  // sums [count, rows] += rows times an even number of strips, one after the other in `room`.
-  void add_strips(const Activations& a, int64_t blocks, int64_t count, Floats* sums, const uint16_t* next) const {
-    const int64_t length = blocks * Format::BYTES;
-    const auto* ahead = reinterpret_cast<const uint8_t*>(next);
-    const uint8_t* p = room_;
-    for (int64_t strip = 0; strip < count; strip += 2, p += 2 * length, ahead += 2 * length, sums += 2 * a.rows) {
-      fetch(ahead, 2 * length);
-      if constexpr (HELD) {
-        const auto both = [&](int64_t b) {
-          return Beside<Format>(p + b * Format::BYTES, p + length + b * Format::BYTES);
-        };
-        multiply_rows_by_two<Format>(both, blocks, a, 0, a.rows, sums, a.rows);
-      } else
-        for (int64_t s = 0; s < 2; s++)
-          for (int64_t b = 0; b < blocks; b++)
-            multiply_rows<Format>(typename Format::Block(p + s * length + b * Format::BYTES), a, b * a.rows, a.rows,
-                                  sums + s * a.rows);
-    }
-  }
-
+ protected:
   const Activations& a_;
   const int64_t D_;
   uint8_t* const room_;
+
+ private:
+  static int64_t strips(int64_t D) { return round_up(D, 32) / 16; }
 };
+
+#ifdef AXON_PAIRS
+// The same for few rows, with keys and values as they lie in the cache, each piece read once from front to back.
+//
+// Four rows' queries share a register, a quarter each: four words of every row. A key's four words, spread to all
+// quarters, are multiplied by those of four rows at once.
+class AsTheyLie : public ByVectors<Pairs> {
+ public:
+  static constexpr int64_t FEW = 8;  // rows: for more, values would be paired up more than four times
+  // Keys and values are far apart, and after each change from the one to the other it takes a while until memory
+  // delivers.
+  static constexpr size_t SCORED = 16;
+
+  AsTheyLie(const Activations& a, int64_t R, int64_t D, uint8_t* room) : ByVectors(a, R, D, room) {
+    if (D % INPUTS != 0) return;
+    const int64_t quarters = D / QUARTER, count = pieces_of(R, 4) * quarters * LANES;
+    queries_ = memory(count);
+    std::fill_n(queries_.get(), count, 0);
+    for (int64_t r = 0; r < R; r++)
+      for (int64_t i = 0; i < quarters; i++)
+        std::memcpy(queries_.get() + (r / 4 * quarters + i) * LANES + r % 4 * 4,
+                    a.words + (i / 4 * a.rows + r) * WORDS + i % 4 * 4, 16);
+  }
+
+  void score(const Piece& k, Floats* scores) const {
+    if (!k.whole()) return ByVectors::score(k, scores);
+    for (int64_t r = 0; r < a_.rows; r += 4)
+      score_four(k, queries_.get() + r / 4 * (k.D / QUARTER) * LANES, std::min<int64_t>(4, a_.rows - r), a_.rows,
+                 scores + r);
+  }
+
+  void add(const Activations& weights, const Piece& v, Floats* sums) const {
+    if (!v.whole()) return ByVectors::add(weights, v, sums);
+    add_values(v, weights.words, a_.rows, sums);
+  }
+
+ private:
+  static constexpr int64_t QUARTER = 8;  // channels, in four words
+
+  Memory queries_{nullptr, &std::free};  // [⌈R / 4⌉, D / QUARTER, 16 words]
+
+  // The processor is told of numbers that are needed soon. Zen 5 was faster so, Zen 4 is not.
+  static void tell([[maybe_unused]] const uint16_t* next, [[maybe_unused]] int64_t count) {
+#ifdef __AVX512VP2INTERSECT__
+    fetch<_MM_HINT_NTA>(reinterpret_cast<const uint8_t*>(next), 2 * count);
+#endif
+  }
+
+  // Of `count` rows. In a call of its own, as the next: there are registers for it then.
+  [[gnu::noinline]] static void score_four(const Piece& k, const int32_t* queries, int64_t count, int64_t rows,
+                                           Floats* scores) {
+    const uint16_t* from = k.from;
+    for (int64_t s = 0; s < PIECE; s += 16, scores += rows) {
+      Floats quarters[4];  // of four positions each: of every row, its scores
+      for (auto& four : quarters) {
+        Floats sums[4];
+#pragma GCC unroll 4
+        for (auto& sum : sums) sum = all(0.0f);
+        const int32_t* words = queries;
+        tell(k.next + (from - k.from), 4 * k.D);
+        for (int64_t d = 0; d < k.D; d += QUARTER, words += LANES)
+#pragma GCC unroll 4
+          for (int64_t i = 0; i < 4; i++)
+            sums[i] = add_pairs(sums[i], words_at(words), spread(from + i * k.stride + d));
+        four = sums_of_four(sums);
+        from += 4 * k.stride;
+      }
+      turn_quarters(quarters);
+      for (int64_t r = 0; r < count; r++) scores[r] = quarters[r];
+    }
+  }
+
+  // A block of positions after the other, of all channels, for two rows at a time.
+  [[gnu::noinline]] static void add_values(const Piece& v, const int32_t* words, int64_t rows, Floats* sums) {
+    const uint16_t* from = v.from;
+    for (int64_t s = 0; s < PIECE; s += INPUTS, from += INPUTS * v.stride, words += rows * WORDS)
+      for (int64_t d = 0; d < v.D; d += 64) {
+        const bool both = v.D - d > 32;
+        tell(v.next + s * v.D + INPUTS * d, INPUTS * std::min<int64_t>(64, v.D - d));
+        for (int64_t r = 0; r < rows; r += 2) {
+          const bool two = r + 1 < rows;
+          const int32_t* x = words + r * WORDS;
+          Floats* here = sums + d / 16 * rows + r;
+          if (two && both) add_block<2, 2>(from + d, v.stride, x, rows, here);
+          if (two && !both) add_block<2, 1>(from + d, v.stride, x, rows, here);
+          if (!two && both) add_block<1, 2>(from + d, v.stride, x, rows, here);
+          if (!two && !both) add_block<1, 1>(from + d, v.stride, x, rows, here);
+        }
+      }
+  }
+
+  // ROWS rows times a block of 32 positions of HALVES times 32 channels, in the order of Pairs.
+  template <int ROWS, int HALVES>
+  static inline void add_block(const uint16_t* v, int64_t stride, const int32_t* x, int64_t rows, Floats* sums) {
+    Floats parts[ROWS][2 * HALVES][2];
+#pragma GCC unroll 2
+    for (auto& row : parts)
+#pragma GCC unroll 4
+      for (auto& part : row) part[0] = part[1] = all(0.0f);
+#pragma GCC unroll 2
+    for (int64_t i = 0; i < WORDS; i += 2)
+#pragma GCC unroll 2
+      for (int turn = 0; turn < 2; turn++, v += 2 * stride)
+#pragma GCC unroll 2
+        for (int h = 0; h < HALVES; h++) {
+          Words pairs[2];
+          pair_up(words_at(v + 32 * h), words_at(v + stride + 32 * h), pairs[0], pairs[1]);
+#pragma GCC unroll 2
+          for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 2
+            for (int p = 0; p < 2; p++)
+              parts[r][2 * h + p][turn] = add_pairs(parts[r][2 * h + p][turn], pairs[p], all(x[r * WORDS + i + turn]));
+        }
+#pragma GCC unroll 2
+    for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 4
+      for (int strip = 0; strip < 2 * HALVES; strip++) {
+        Floats& sum = sums[strip * rows + r];
+        sum = sum + (parts[r][strip][0] + parts[r][strip][1]);
+      }
+  }
+};
+#endif
 
 #ifdef AXON_TILES
 // The same by the matrix unit, which takes values as they lie: a tile is 16 positions of 32 channels. To the unit two
@@ -198,6 +308,8 @@ class ByVectors : public Format {
 // channels' sums in its upper half.
 class ByTiles : public TilePairs {
  public:
+  static constexpr size_t SCORED = 1;
+
   static int64_t places(int64_t R) { return round_up(R, TILE); }
   static int64_t sums(int64_t rows, int64_t D) { return pieces_of(D, INPUTS) * 2 * rows; }
   static int64_t words(int64_t rows) { return PIECE / TILE * 2 * rows * WORDS; }

@@ -131,6 +131,31 @@ inline void turn(Words* words) {
   }
 }
 
+// Sixteen bytes of memory, four times: a register's quarters.
+inline Words spread(const void* p) { return {_mm512_broadcast_i32x4(_mm_loadu_si128(static_cast<const __m128i*>(p)))}; }
+
+// Of each quarter of four registers its sum, side by side: the first register's, the second's, …; (0 + 2) + (1 + 3).
+inline Floats sums_of_four(const Floats* x) {
+  const auto halves = [&](int i) {
+    return _mm512_add_ps(_mm512_unpacklo_ps(x[i].v, x[i + 1].v), _mm512_unpackhi_ps(x[i].v, x[i + 1].v));
+  };
+  const __m512d one = _mm512_castps_pd(halves(0)), two = _mm512_castps_pd(halves(2));
+  const __m512d even = _mm512_unpacklo_pd(one, two), odd = _mm512_unpackhi_pd(one, two);
+  return {_mm512_add_ps(_mm512_castpd_ps(even), _mm512_castpd_ps(odd))};
+}
+
+// Four registers of four quarters, turned: quarter i of the j-th becomes quarter j of the i-th.
+inline void turn_quarters(Floats* x) {
+  const auto halves = [&](int i, bool upper) {
+    return upper ? _mm512_shuffle_f32x4(x[i].v, x[i + 1].v, 0xee) : _mm512_shuffle_f32x4(x[i].v, x[i + 1].v, 0x44);
+  };
+  const __m512 a = halves(0, false), b = halves(0, true), c = halves(2, false), d = halves(2, true);
+  x[0].v = _mm512_shuffle_f32x4(a, c, 0x88);
+  x[1].v = _mm512_shuffle_f32x4(a, c, 0xdd);
+  x[2].v = _mm512_shuffle_f32x4(b, d, 0x88);
+  x[3].v = _mm512_shuffle_f32x4(b, d, 0xdd);
+}
+
 #ifdef AXON_TILES
 // The first `left` of 32 shorts.
 inline void put_shorts_at(uint16_t* y, Words x, int64_t left) { _mm512_mask_storeu_epi16(y, first32(left), x.v); }
