@@ -195,16 +195,22 @@ void attend_by(const Shape& z, const Heads<const uint16_t>& q, const Heads<const
   });
 }
 
+template <class Format>
+void attend_by_vectors(const Shape& z, const Heads<const uint16_t>& q, const Heads<const uint16_t>& k,
+                       const Heads<const uint16_t>& v, const Sight& sight, const Heads<uint16_t>& y) {
+  if (z.T * z.G <= AsTheyLie<Format>::FEW) return attend_by<AsTheyLie<Format>>(z, q, k, v, sight, y);
+  attend_by<ByVectors<Format>>(z, q, k, v, sight, y);
+}
+
 inline void attend(const Shape& z, const Heads<const uint16_t>& q, const Heads<const uint16_t>& k,
                    const Heads<const uint16_t>& v, const Sight& sight, const Heads<uint16_t>& y, int64_t products) {
 #ifdef AXON_TILES
   if (products == TILES && tiles_allowed()) return attend_by<ByTiles, Tiles>(z, q, k, v, sight, y);
 #endif
 #ifdef AXON_PAIRS
-  if (products != WIDE && z.T * z.G <= AsTheyLie::FEW) return attend_by<AsTheyLie>(z, q, k, v, sight, y);
-  if (products != WIDE) return attend_by<ByVectors<Pairs>>(z, q, k, v, sight, y);
+  if (products != WIDE) return attend_by_vectors<Pairs>(z, q, k, v, sight, y);
 #endif
-  attend_by<ByVectors<WidePairs>>(z, q, k, v, sight, y);
+  attend_by_vectors<WidePairs>(z, q, k, v, sight, y);
 }
 
 }  // namespace

@@ -63,50 +63,52 @@ inline void add_strips(const uint8_t* p, int64_t blocks, const Activations& a, F
                               sums + s * a.rows);
 }
 
-// The same of keys' strips, with sums that begin now: scores.
-inline void score_strips(const WidePairs&, const uint8_t* p, int64_t blocks, const Activations& a, Floats* scores) {
-  std::fill_n(scores, 2 * a.rows, all(0.0f));
-  add_strips<WidePairs>(p, blocks, a, scores);
+// sum + a word of weights, two positions' or two channels', times the numbers that `x` points to: sixteen sums of one
+// row.
+inline Floats add_word(const WidePairs&, Floats sum, Words w, const int32_t* x) {
+  const auto* both = reinterpret_cast<const float*>(x);
+  return now(fma(high_half(w), all(both[1]), now(fma(low_half(w), all(both[0]), sum))));
 }
-
 #ifdef AXON_PAIRS
-// The pairs in the order of `AsTheyLie`: four sums, by turns.
-template <int ROWS>
-inline void score_rows(const uint8_t* p, int64_t blocks, const Activations& a, int64_t r, Floats* scores) {
-  Floats parts[2][ROWS][4];
-#pragma GCC unroll 2
-  for (auto& strip : parts)
-#pragma GCC unroll 2
-    for (auto& row : strip)
-#pragma GCC unroll 4
-      for (auto& part : row) part = all(0.0f);
-  for (int64_t b = 0; b < blocks; b++, p += Pairs::BYTES) {
-    const int32_t* x = a.words + (b * a.rows + r) * Pairs::WORDS;
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; i++) {
-      const Words w[2] = {Pairs::word(p, i), Pairs::word(p + blocks * Pairs::BYTES, i)};
-#pragma GCC unroll 2
-      for (int row = 0; row < ROWS; row++) {
-        const Words pair = all(x[row * Pairs::WORDS + i]);
-#pragma GCC unroll 2
-        for (int s = 0; s < 2; s++) parts[s][row][i % 4] = add_pairs(parts[s][row][i % 4], w[s], pair);
-      }
-    }
-  }
-#pragma GCC unroll 2
-  for (int s = 0; s < 2; s++)
-#pragma GCC unroll 2
-    for (int row = 0; row < ROWS; row++) {
-      const auto& four = parts[s][row];
-      scores[s * a.rows + r + row] = (four[0] + four[2]) + (four[1] + four[3]);
-    }
-}
-inline void score_strips(const Pairs&, const uint8_t* p, int64_t blocks, const Activations& a, Floats* scores) {
-  int64_t r = 0;
-  for (; r + 2 <= a.rows; r += 2) score_rows<2>(p, blocks, a, r, scores);
-  if (r < a.rows) score_rows<1>(p, blocks, a, r, scores);
-}
+inline Floats add_word(const Pairs&, Floats sum, Words w, const int32_t* x) { return add_pairs(sum, w, all(*x)); }
 #endif
+
+// scores [2, rows] of ROWS rows and two of keys' strips: of every fourth word a sum, as `AsTheyLie` takes them.
+template <class Format, int ROWS>
+inline void score_rows(const uint8_t* p, int64_t blocks, const Activations& a, int64_t r, Floats* scores) {
+  constexpr int STRIPS = HELD ? 2 : 1;
+  constexpr int64_t NUMBERS = Format::WORDS / 16;  // that a word is multiplied by
+  const int64_t length = blocks * Format::BYTES;
+  for (int64_t strip = 0; strip < 2; strip += STRIPS, p += STRIPS * length, scores += STRIPS * a.rows) {
+    Floats sums[4][STRIPS * ROWS];
+    for (int turn = 0; turn < 4; turn++) {
+      Floats here[STRIPS * ROWS];
+#pragma GCC unroll 8
+      for (auto& sum : here) sum = all(0.0f);
+      for (int64_t b = 0; b < blocks; b++) {
+        const uint8_t* w = p + b * Format::BYTES + turn * 64;
+        const int32_t* x = a.words + (b * a.rows + r) * Format::WORDS + turn * NUMBERS;
+#pragma GCC unroll 4
+        for (int i = 0; i < 16; i += 4)
+#pragma GCC unroll 2
+          for (int s = 0; s < STRIPS; s++) {
+            const Words word = words_at(w + s * length + i * 64);
+#pragma GCC unroll 4
+            for (int row = 0; row < ROWS; row++) {
+              Floats& sum = here[s * ROWS + row];
+              sum = add_word(Format(), sum, word, x + row * Format::WORDS + i * NUMBERS);
+            }
+          }
+      }
+      std::copy_n(here, STRIPS * ROWS, sums[turn]);
+    }
+    for (int64_t s = 0; s < STRIPS; s++)
+      for (int64_t row = 0; row < ROWS; row++) {
+        const auto of = [&](int turn) { return sums[turn][s * ROWS + row]; };
+        scores[s * a.rows + r + row] = (of(0) + of(2)) + (of(1) + of(3));
+      }
+  }
+}
 
 // A piece of a cache's keys, or of its values: [count, D], `stride` apart. What is needed `next` has as many.
 struct Piece {
@@ -137,7 +139,10 @@ class ByVectors : public Format {
     const uint8_t* p = room_;
     for (int64_t s = 0; s < PIECE; s += 32, p += 2 * length, ahead += 2 * length, scores += 2 * a_.rows) {
       fetch(ahead, 2 * length);
-      score_strips(*this, p, blocks, a_, scores);
+      int64_t r = 0;
+      for (; r + 4 <= a_.rows; r += 4) score_rows<Format, 4>(p, blocks, a_, r, scores);
+      for (; r + 2 <= a_.rows; r += 2) score_rows<Format, 2>(p, blocks, a_, r, scores);
+      for (; r < a_.rows; r++) score_rows<Format, 1>(p, blocks, a_, r, scores);
     }
   }
 
@@ -178,45 +183,145 @@ class ByVectors : public Format {
   static int64_t strips(int64_t D) { return round_up(D, 32) / 16; }
 };
 
+// Four words of keys, in every quarter of a register, times what four rows' queries have for them: sums + products.
+inline Floats add_keys(const WidePairs&, Floats sums, Words keys, const int32_t* queries) {
+  const Floats even = fma(low_half(keys), floats_at(queries), sums);
+  return fma(high_half(keys), floats_at(queries + LANES), even);
+}
+
+// A block's words of a row's queries, the i-th four, as a quarter of what `add_keys` wants.
+inline void put_queries(const WidePairs&, const int32_t* words, int64_t i, int32_t* quarter) {
+  for (int64_t w = 0; w < 4; w++)
+    for (int64_t half = 0; half < 2; half++) quarter[half * LANES + w] = words[2 * (4 * i + w) + half];
+}
+
+// sums [⌈D / 16⌉, rows] of ROWS rows += their weights `x` times 32 positions of 32 channels, or of 64 if there are that
+// many `left`, in the order of WidePairs. Returns the number of channels.
+template <int ROWS>
+inline int64_t add_block(const WidePairs&, const uint16_t* v, int64_t stride, int64_t, const int32_t* x, int64_t rows,
+                         Floats* sums) {
+  constexpr int LAST = HELD ? 1 : 0;
+  const auto* weights = reinterpret_cast<const float*>(x);
+  Floats parts[ROWS][2][LAST + 1];  // of even channels, of odd ones
+#pragma GCC unroll 2
+  for (auto& row : parts)
+#pragma GCC unroll 2
+    for (auto& part : row) part[0] = all(0.0f), part[LAST] = all(0.0f);
+#pragma GCC unroll 2
+  for (int64_t i = 0; i < WidePairs::INPUTS; i += 2)
+#pragma GCC unroll 2
+    for (int turn = 0; turn < 2; turn++, v += stride) {
+      const Words both = words_at(v);
+      const Floats even = low_half(both), odd = high_half(both);
+#pragma GCC unroll 2
+      for (int r = 0; r < ROWS; r++) {
+        const Floats weight = all(weights[r * WidePairs::WORDS + i + turn]);
+        const int part = turn == 0 ? 0 : LAST;
+        parts[r][0][part] = now(fma(even, weight, parts[r][0][part]));
+        parts[r][1][part] = now(fma(odd, weight, parts[r][1][part]));
+      }
+    }
+#pragma GCC unroll 2
+  for (int r = 0; r < ROWS; r++) {
+    const auto total = [&](int i) { return LAST == 0 ? parts[r][i][0] : parts[r][i][0] + parts[r][i][LAST]; };
+    Floats low, high;
+    zip(total(0), total(1), low, high);
+    sums[r] = sums[r] + low, sums[rows + r] = sums[rows + r] + high;
+  }
+  return 32;
+}
+
 #ifdef AXON_PAIRS
+inline Floats add_keys(const Pairs&, Floats sums, Words keys, const int32_t* queries) {
+  return add_pairs(sums, words_at(queries), keys);
+}
+
+inline void put_queries(const Pairs&, const int32_t* words, int64_t i, int32_t* quarter) {
+  std::copy_n(words + 4 * i, 4, quarter);
+}
+
+template <int ROWS, int HALVES>
+inline void add_halves_of(const uint16_t* v, int64_t stride, const int32_t* x, int64_t rows, Floats* sums) {
+  Floats parts[ROWS][2 * HALVES][2];
+#pragma GCC unroll 2
+  for (auto& row : parts)
+#pragma GCC unroll 4
+    for (auto& part : row) part[0] = part[1] = all(0.0f);
+#pragma GCC unroll 2
+  for (int64_t i = 0; i < Pairs::WORDS; i += 2)
+#pragma GCC unroll 2
+    for (int turn = 0; turn < 2; turn++, v += 2 * stride)
+#pragma GCC unroll 2
+      for (int h = 0; h < HALVES; h++) {
+        Words pairs[2];
+        pair_up(words_at(v + 32 * h), words_at(v + stride + 32 * h), pairs[0], pairs[1]);
+#pragma GCC unroll 2
+        for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 2
+          for (int p = 0; p < 2; p++) {
+            Floats& part = parts[r][2 * h + p][turn];
+            part = add_pairs(part, pairs[p], all(x[r * Pairs::WORDS + i + turn]));
+          }
+      }
+#pragma GCC unroll 2
+  for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 4
+    for (int strip = 0; strip < 2 * HALVES; strip++) {
+      Floats& sum = sums[strip * rows + r];
+      sum = sum + (parts[r][strip][0] + parts[r][strip][1]);
+    }
+}
+template <int ROWS>
+inline int64_t add_block(const Pairs&, const uint16_t* v, int64_t stride, int64_t left, const int32_t* x, int64_t rows,
+                         Floats* sums) {
+  if (left < 64) return add_halves_of<ROWS, 1>(v, stride, x, rows, sums), 32;
+  return add_halves_of<ROWS, 2>(v, stride, x, rows, sums), 64;
+}
+#endif
+
 // The same for few rows, with keys and values as they lie in the cache, each piece read once from front to back.
 //
 // Four rows' queries share a register, a quarter each: four words of every row. A key's four words, spread to all
 // quarters, are multiplied by those of four rows at once.
-class AsTheyLie : public ByVectors<Pairs> {
+template <class Format>
+class AsTheyLie : public ByVectors<Format> {
+  using Strips = ByVectors<Format>;
+  using Strips::a_;
+
  public:
   static constexpr int64_t FEW = 8;  // rows: for more, values would be paired up more than four times
   // Keys and values are far apart, and after each change from the one to the other it takes a while until memory
   // delivers.
   static constexpr size_t SCORED = 16;
 
-  AsTheyLie(const Activations& a, int64_t R, int64_t D, uint8_t* room) : ByVectors(a, R, D, room) {
-    if (D % INPUTS != 0) return;
-    const int64_t quarters = D / QUARTER, count = pieces_of(R, 4) * quarters * LANES;
+  AsTheyLie(const Activations& a, int64_t R, int64_t D, uint8_t* room) : Strips(a, R, D, room) {
+    if (D % Format::INPUTS != 0) return;
+    const int64_t four = D / QUARTER * QUERIES, count = pieces_of(R, 4) * four;
     queries_ = memory(count);
     std::fill_n(queries_.get(), count, 0);
     for (int64_t r = 0; r < R; r++)
-      for (int64_t i = 0; i < quarters; i++)
-        std::memcpy(queries_.get() + (r / 4 * quarters + i) * LANES + r % 4 * 4,
-                    a.words + (i / 4 * a.rows + r) * WORDS + i % 4 * 4, 16);
+      for (int64_t i = 0; i < D / QUARTER; i++)
+        put_queries(*this, a.words + (i / 4 * a.rows + r) * Format::WORDS, i % 4,
+                    queries_.get() + r / 4 * four + i * QUERIES + r % 4 * 4);
   }
 
   void score(const Piece& k, Floats* scores) const {
-    if (!k.whole()) return ByVectors::score(k, scores);
-    for (int64_t r = 0; r < a_.rows; r += 4)
-      score_four(k, queries_.get() + r / 4 * (k.D / QUARTER) * LANES, std::min<int64_t>(4, a_.rows - r), a_.rows,
-                 scores + r);
+    if (!k.whole()) return Strips::score(k, scores);
+    const int32_t* queries = queries_.get();
+    for (int64_t r = 0; r < a_.rows; r += 4, queries += k.D / QUARTER * QUERIES)
+      score_four(k, queries, std::min<int64_t>(4, a_.rows - r), a_.rows, scores + r);
   }
 
   void add(const Activations& weights, const Piece& v, Floats* sums) const {
-    if (!v.whole()) return ByVectors::add(weights, v, sums);
+    if (!v.whole()) return Strips::add(weights, v, sums);
     add_values(v, weights.words, a_.rows, sums);
   }
 
  private:
-  static constexpr int64_t QUARTER = 8;  // channels, in four words
+  static constexpr int64_t QUARTER = 8;              // channels, in four words
+  static constexpr int64_t QUERIES = Format::WORDS;  // words that four rows have for them
 
-  Memory queries_{nullptr, &std::free};  // [⌈R / 4⌉, D / QUARTER, 16 words]
+  Memory queries_{nullptr, &std::free};  // [⌈R / 4⌉, D / QUARTER, QUERIES]
 
   // The processor is told of numbers that are needed soon. Zen 5 was faster so, Zen 4 is not.
   static void tell([[maybe_unused]] const uint16_t* next, [[maybe_unused]] int64_t count) {
@@ -237,10 +342,9 @@ class AsTheyLie : public ByVectors<Pairs> {
         for (auto& sum : sums) sum = all(0.0f);
         const int32_t* words = queries;
         tell(k.next + (from - k.from), 4 * k.D);
-        for (int64_t d = 0; d < k.D; d += QUARTER, words += LANES)
+        for (int64_t d = 0; d < k.D; d += QUARTER, words += QUERIES)
 #pragma GCC unroll 4
-          for (int64_t i = 0; i < 4; i++)
-            sums[i] = add_pairs(sums[i], words_at(words), spread(from + i * k.stride + d));
+          for (int64_t i = 0; i < 4; i++) sums[i] = add_keys(Format(), sums[i], spread(from + i * k.stride + d), words);
         four = sums_of_four(sums);
         from += 4 * k.stride;
       }
@@ -249,57 +353,22 @@ class AsTheyLie : public ByVectors<Pairs> {
     }
   }
 
-  // A block of positions after the other, of all channels, for two rows at a time.
+  // A block of positions after the other, for two rows at a time.
   [[gnu::noinline]] static void add_values(const Piece& v, const int32_t* words, int64_t rows, Floats* sums) {
+    constexpr int64_t STEP = Format::INPUTS;
     const uint16_t* from = v.from;
-    for (int64_t s = 0; s < PIECE; s += INPUTS, from += INPUTS * v.stride, words += rows * WORDS)
-      for (int64_t d = 0; d < v.D; d += 64) {
-        const bool both = v.D - d > 32;
-        tell(v.next + s * v.D + INPUTS * d, INPUTS * std::min<int64_t>(64, v.D - d));
+    for (int64_t s = 0; s < PIECE; s += STEP, from += STEP * v.stride, words += rows * Format::WORDS)
+      for (int64_t d = 0, done = 0; d < v.D; d += done) {
+        tell(v.next + s * v.D + STEP * d, STEP * std::min<int64_t>(64, v.D - d));
         for (int64_t r = 0; r < rows; r += 2) {
-          const bool two = r + 1 < rows;
-          const int32_t* x = words + r * WORDS;
+          const int32_t* x = words + r * Format::WORDS;
           Floats* here = sums + d / 16 * rows + r;
-          if (two && both) add_block<2, 2>(from + d, v.stride, x, rows, here);
-          if (two && !both) add_block<2, 1>(from + d, v.stride, x, rows, here);
-          if (!two && both) add_block<1, 2>(from + d, v.stride, x, rows, here);
-          if (!two && !both) add_block<1, 1>(from + d, v.stride, x, rows, here);
+          done = r + 1 < rows ? add_block<2>(Format(), from + d, v.stride, v.D - d, x, rows, here)
+                              : add_block<1>(Format(), from + d, v.stride, v.D - d, x, rows, here);
         }
-      }
-  }
-
-  // ROWS rows times a block of 32 positions of HALVES times 32 channels, in the order of Pairs.
-  template <int ROWS, int HALVES>
-  static inline void add_block(const uint16_t* v, int64_t stride, const int32_t* x, int64_t rows, Floats* sums) {
-    Floats parts[ROWS][2 * HALVES][2];
-#pragma GCC unroll 2
-    for (auto& row : parts)
-#pragma GCC unroll 4
-      for (auto& part : row) part[0] = part[1] = all(0.0f);
-#pragma GCC unroll 2
-    for (int64_t i = 0; i < WORDS; i += 2)
-#pragma GCC unroll 2
-      for (int turn = 0; turn < 2; turn++, v += 2 * stride)
-#pragma GCC unroll 2
-        for (int h = 0; h < HALVES; h++) {
-          Words pairs[2];
-          pair_up(words_at(v + 32 * h), words_at(v + stride + 32 * h), pairs[0], pairs[1]);
-#pragma GCC unroll 2
-          for (int r = 0; r < ROWS; r++)
-#pragma GCC unroll 2
-            for (int p = 0; p < 2; p++)
-              parts[r][2 * h + p][turn] = add_pairs(parts[r][2 * h + p][turn], pairs[p], all(x[r * WORDS + i + turn]));
-        }
-#pragma GCC unroll 2
-    for (int r = 0; r < ROWS; r++)
-#pragma GCC unroll 4
-      for (int strip = 0; strip < 2 * HALVES; strip++) {
-        Floats& sum = sums[strip * rows + r];
-        sum = sum + (parts[r][strip][0] + parts[r][strip][1]);
       }
   }
 };
-#endif
 
 #ifdef AXON_TILES
 // The same by the matrix unit, which takes values as they lie: a tile is 16 positions of 32 channels. To the unit two

@@ -197,6 +197,46 @@ inline void pair_up(Words even, Words odd, Words& low, Words& high) {
   high = pair_up(even.high, odd.high);
 }
 
+// Numbers of `even` and of `odd` by turns: of the first eight of both, and of the others.
+inline Floats zip(__m256 even, __m256 odd) {
+  const __m256 low = _mm256_unpacklo_ps(even, odd), high = _mm256_unpackhi_ps(even, odd);
+  return {_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31)};
+}
+inline void zip(Floats even, Floats odd, Floats& low, Floats& high) {
+  low = zip(even.low, odd.low);
+  high = zip(even.high, odd.high);
+}
+
+// Sixteen bytes of memory, four times: the registers' quarters.
+inline Words spread(const void* p) {
+  const __m256i both = _mm256_broadcastsi128_si256(_mm_loadu_si128(static_cast<const __m128i*>(p)));
+  return {both, both};
+}
+
+// Of each quarter of four numbers its sum, side by side: the first's, the second's, …; (0 + 2) + (1 + 3).
+inline __m256 sums_of_four(__m256 a, __m256 b, __m256 c, __m256 d) {
+  const __m256d one = _mm256_castps_pd(_mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b)));
+  const __m256d two = _mm256_castps_pd(_mm256_add_ps(_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d)));
+  const __m256d even = _mm256_unpacklo_pd(one, two), odd = _mm256_unpackhi_pd(one, two);
+  return _mm256_add_ps(_mm256_castpd_ps(even), _mm256_castpd_ps(odd));
+}
+inline Floats sums_of_four(const Floats* x) {
+  return {sums_of_four(x[0].low, x[1].low, x[2].low, x[3].low),
+          sums_of_four(x[0].high, x[1].high, x[2].high, x[3].high)};
+}
+
+// Four times four quarters, turned: quarter i of the j-th becomes quarter j of the i-th.
+inline void turn_quarters(Floats* x) {
+  const auto pair = [](__m256 a, __m256 b, bool upper) {
+    return upper ? _mm256_permute2f128_ps(a, b, 0x31) : _mm256_permute2f128_ps(a, b, 0x20);
+  };
+  const Floats a = x[0], b = x[1], c = x[2], d = x[3];
+  x[0] = {pair(a.low, b.low, false), pair(c.low, d.low, false)};
+  x[1] = {pair(a.low, b.low, true), pair(c.low, d.low, true)};
+  x[2] = {pair(a.high, b.high, false), pair(c.high, d.high, false)};
+  x[3] = {pair(a.high, b.high, true), pair(c.high, d.high, true)};
+}
+
 // Sixteen Words, turned: word i of the j-th becomes word j of the i-th. By quarters of eight times eight.
 inline void turn_quarter(__m256i* r) {
   __m256i t[8];

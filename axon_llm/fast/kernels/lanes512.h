@@ -131,6 +131,13 @@ inline void turn(Words* words) {
   }
 }
 
+// Numbers of `even` and of `odd` by turns: of the first eight of both, and of the others.
+inline void zip(Floats even, Floats odd, Floats& low, Floats& high) {
+  const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  low = {_mm512_permutex2var_ps(even.v, first, odd.v)};
+  high = {_mm512_permutex2var_ps(even.v, _mm512_add_epi32(first, _mm512_set1_epi32(8)), odd.v)};
+}
+
 // Sixteen bytes of memory, four times: a register's quarters.
 inline Words spread(const void* p) { return {_mm512_broadcast_i32x4(_mm_loadu_si128(static_cast<const __m128i*>(p)))}; }
 
