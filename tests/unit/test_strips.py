@@ -222,7 +222,7 @@ def test_attention_is_the_readable_attention(
     assert relative(attend_in_strips(way)(q, k, v, mask), exact) < 0.005
 
 
-@pytest.mark.parametrize(("Hq", "D"), [(8, 64), (6, 128), (14, 96), (2, 32), (8, 40)])
+@pytest.mark.parametrize(("Hq", "D"), [(8, 64), (16, 64), (10, 64), (6, 128), (14, 96), (2, 32), (8, 40)])
 def test_a_token_sees_the_same_to_the_last_bit_whatever_looks_with_it(Hq: int, D: int, way: ops.Products) -> None:
     q, (k, v) = numbers(1, Hq, 30, D).bfloat16(), numbers(2, 1, 2, 1500, D, seed=1).bfloat16()
     mask = torch.ones(30, 1500, dtype=torch.bool).tril(1450)[None, None]

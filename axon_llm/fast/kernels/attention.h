@@ -1,8 +1,9 @@
 // The products of attention, for a piece of 64 positions at a time: queries with keys, and scores' weights with values.
 //
-// Products are those of linear layers: keys are strips whose channels are the positions, so that scores come 16
-// positions to a register, and values are strips whose channels are the head's. Few rows take both as they lie in the
-// cache; many lay them in strips first.
+// Keys are strips whose channels are the positions, so that scores come 16 positions to a register; values are strips
+// whose channels are the head's. Values' products are those of linear layers, scores are summed in an order of their
+// own. Few rows take keys and values as they lie in the cache, many lay them in strips first: the results are the same
+// to the last bit.
 //
 // Legend: D head_dim; a *row* is one query head of one token
 //
@@ -73,7 +74,8 @@ inline Floats add_word(const WidePairs&, Floats sum, Words w, const int32_t* x) 
 inline Floats add_word(const Pairs&, Floats sum, Words w, const int32_t* x) { return add_pairs(sum, w, all(*x)); }
 #endif
 
-// scores [2, rows] of ROWS rows and two of keys' strips: of every fourth word a sum, as `AsTheyLie` takes them.
+// scores [2, rows] of ROWS rows, from two strips of keys, in four sums: a block's word i goes to sum i mod 4, as in
+// `AsTheyLie`.
 template <class Format, int ROWS>
 inline void score_rows(const uint8_t* p, int64_t blocks, const Activations& a, int64_t r, Floats* scores) {
   constexpr int STRIPS = HELD ? 2 : 1;
@@ -110,7 +112,7 @@ inline void score_rows(const uint8_t* p, int64_t blocks, const Activations& a, i
   }
 }
 
-// A piece of a cache's keys, or of its values: [count, D], `stride` apart. What is needed `next` has as many.
+// A piece of a cache's keys, or of its values: [count, D], `stride` apart; `next` is the same tensor's next piece.
 struct Piece {
   const uint16_t *from, *next;
   int64_t stride, count, D;
@@ -151,7 +153,7 @@ class ByVectors : public Format {
     ::put_weights(*this, words, a_.rows, r, s, p);
   }
 
-  // What can be fetched while row r's scores become weights.
+  // Called while row r's scores become weights: memory has time for `ByTiles` then.
   void meanwhile(const Piece&, int64_t) const {}
 
   // sums [strips, rows] += the scores' weights times a piece.
@@ -195,8 +197,8 @@ inline void put_queries(const WidePairs&, const int32_t* words, int64_t i, int32
     for (int64_t half = 0; half < 2; half++) quarter[half * LANES + w] = words[2 * (4 * i + w) + half];
 }
 
-// sums [⌈D / 16⌉, rows] of ROWS rows += their weights `x` times 32 positions of 32 channels, or of 64 if there are that
-// many `left`, in the order of WidePairs. Returns the number of channels.
+// sums [⌈D / 16⌉, rows] of ROWS rows += their weights `x` times 32 positions of some of `left` channels, in the order
+// of WidePairs. Returns the number of channels.
 template <int ROWS>
 inline int64_t add_block(const WidePairs&, const uint16_t* v, int64_t stride, int64_t, const int32_t* x, int64_t rows,
                          Floats* sums) {
@@ -240,8 +242,9 @@ inline void put_queries(const Pairs&, const int32_t* words, int64_t i, int32_t* 
   std::copy_n(words + 4 * i, 4, quarter);
 }
 
+// Of HALVES times 32 channels.
 template <int ROWS, int HALVES>
-inline void add_halves_of(const uint16_t* v, int64_t stride, const int32_t* x, int64_t rows, Floats* sums) {
+inline void add_channels(const uint16_t* v, int64_t stride, const int32_t* x, int64_t rows, Floats* sums) {
   Floats parts[ROWS][2 * HALVES][2];
 #pragma GCC unroll 2
   for (auto& row : parts)
@@ -274,12 +277,13 @@ inline void add_halves_of(const uint16_t* v, int64_t stride, const int32_t* x, i
 template <int ROWS>
 inline int64_t add_block(const Pairs&, const uint16_t* v, int64_t stride, int64_t left, const int32_t* x, int64_t rows,
                          Floats* sums) {
-  if (left < 64) return add_halves_of<ROWS, 1>(v, stride, x, rows, sums), 32;
-  return add_halves_of<ROWS, 2>(v, stride, x, rows, sums), 64;
+  if (left < 64) return add_channels<ROWS, 1>(v, stride, x, rows, sums), 32;
+  return add_channels<ROWS, 2>(v, stride, x, rows, sums), 64;
 }
 #endif
 
-// The same for few rows, with keys and values as they lie in the cache, each piece read once from front to back.
+// The same for few rows, with keys and values as they lie in the cache: memory is read from front to back, and what
+// other rows want again is in a cache by then.
 //
 // Four rows' queries share a register, a quarter each: four words of every row. A key's four words, spread to all
 // quarters, are multiplied by those of four rows at once.
@@ -296,20 +300,20 @@ class AsTheyLie : public ByVectors<Format> {
 
   AsTheyLie(const Activations& a, int64_t R, int64_t D, uint8_t* room) : Strips(a, R, D, room) {
     if (D % Format::INPUTS != 0) return;
-    const int64_t four = D / QUARTER * QUERIES, count = pieces_of(R, 4) * four;
+    const int64_t of_four = D / QUARTER * QUERIES, count = pieces_of(R, 4) * of_four;
     queries_ = memory(count);
     std::fill_n(queries_.get(), count, 0);
     for (int64_t r = 0; r < R; r++)
       for (int64_t i = 0; i < D / QUARTER; i++)
         put_queries(*this, a.words + (i / 4 * a.rows + r) * Format::WORDS, i % 4,
-                    queries_.get() + r / 4 * four + i * QUERIES + r % 4 * 4);
+                    queries_.get() + r / 4 * of_four + i * QUERIES + r % 4 * 4);
   }
 
   void score(const Piece& k, Floats* scores) const {
     if (!k.whole()) return Strips::score(k, scores);
     const int32_t* queries = queries_.get();
     for (int64_t r = 0; r < a_.rows; r += 4, queries += k.D / QUARTER * QUERIES)
-      score_four(k, queries, std::min<int64_t>(4, a_.rows - r), a_.rows, scores + r);
+      score_four(k, queries, std::min<int64_t>(4, a_.rows - r), a_.rows, r == 0, scores + r);
   }
 
   void add(const Activations& weights, const Piece& v, Floats* sums) const {
@@ -323,16 +327,19 @@ class AsTheyLie : public ByVectors<Format> {
 
   Memory queries_{nullptr, &std::free};  // [⌈R / 4⌉, D / QUARTER, QUERIES]
 
-  // The processor is told of numbers that are needed soon. Zen 5 was faster so, Zen 4 is not.
-  static void tell([[maybe_unused]] const uint16_t* next, [[maybe_unused]] int64_t count) {
+  // The processor is told of a few positions of the next piece, as if they lay side by side. Zen 5 was faster so when
+  // keys were turned in registers, and has not been timed since; Zen 4 is not.
+  static void tell([[maybe_unused]] const Piece& piece, [[maybe_unused]] int64_t first,
+                   [[maybe_unused]] int64_t count) {
 #ifdef __AVX512VP2INTERSECT__
-    fetch<_MM_HINT_NTA>(reinterpret_cast<const uint8_t*>(next), 2 * count);
+    fetch<_MM_HINT_NTA>(reinterpret_cast<const uint8_t*>(piece.next + first * piece.D), 2 * count * piece.D);
 #endif
   }
 
-  // Of `count` rows. In a call of its own, as the next: there are registers for it then.
+  // Of `count` rows, the task's `first` ones or others. In a call of its own, as the next: there are registers for it
+  // then.
   [[gnu::noinline]] static void score_four(const Piece& k, const int32_t* queries, int64_t count, int64_t rows,
-                                           Floats* scores) {
+                                           bool first, Floats* scores) {
     const uint16_t* from = k.from;
     for (int64_t s = 0; s < PIECE; s += 16, scores += rows) {
       Floats quarters[4];  // of four positions each: of every row, its scores
@@ -341,7 +348,7 @@ class AsTheyLie : public ByVectors<Format> {
 #pragma GCC unroll 4
         for (auto& sum : sums) sum = all(0.0f);
         const int32_t* words = queries;
-        tell(k.next + (from - k.from), 4 * k.D);
+        if (first) tell(k, s + 4 * (&four - quarters), 4);
         for (int64_t d = 0; d < k.D; d += QUARTER, words += QUERIES)
 #pragma GCC unroll 4
           for (int64_t i = 0; i < 4; i++) sums[i] = add_keys(Format(), sums[i], spread(from + i * k.stride + d), words);
@@ -357,16 +364,16 @@ class AsTheyLie : public ByVectors<Format> {
   [[gnu::noinline]] static void add_values(const Piece& v, const int32_t* words, int64_t rows, Floats* sums) {
     constexpr int64_t STEP = Format::INPUTS;
     const uint16_t* from = v.from;
-    for (int64_t s = 0; s < PIECE; s += STEP, from += STEP * v.stride, words += rows * Format::WORDS)
-      for (int64_t d = 0, done = 0; d < v.D; d += done) {
-        tell(v.next + s * v.D + STEP * d, STEP * std::min<int64_t>(64, v.D - d));
+    for (int64_t s = 0; s < PIECE; s += STEP, from += STEP * v.stride, words += rows * Format::WORDS) {
+      tell(v, s, STEP);
+      for (int64_t d = 0, done = 0; d < v.D; d += done)
         for (int64_t r = 0; r < rows; r += 2) {
           const int32_t* x = words + r * Format::WORDS;
           Floats* here = sums + d / 16 * rows + r;
           done = r + 1 < rows ? add_block<2>(Format(), from + d, v.stride, v.D - d, x, rows, here)
                               : add_block<1>(Format(), from + d, v.stride, v.D - d, x, rows, here);
         }
-      }
+    }
   }
 };
 

@@ -243,8 +243,8 @@ struct Int4 {
   using Block = Loaded<Int4>;
   using Alone = std::conditional_t<HELD, Block, InPlace<Int4>>;
 
-  // Of the half bytes of word i of a block: eight words to a group. Two words, and the two factors of a group, are
-  // `now` read once: GCC would read them again for each, and Zen 4 takes a cycle to read 64 bytes.
+  // Of the half bytes of word i of a block: eight words to a group. `now`: what two words, or a group's two factors,
+  // have in common is read once. GCC would read it for each, and Zen 4 takes a cycle to read 64 bytes.
   static Words word(const uint8_t* p, int i) {
     const Words both = now(words_at(p + i / 8 * (BYTES / 2) + i % 8 / 2 * 64));
     return i % 2 == 0 ? low_halves(both) : high_halves(both);

@@ -213,7 +213,7 @@ inline Words spread(const void* p) {
   return {both, both};
 }
 
-// Of each quarter of four numbers its sum, side by side: the first's, the second's, …; (0 + 2) + (1 + 3).
+// Of each quarter of four registers its sum, side by side: the first register's, the second's, …; (0 + 2) + (1 + 3).
 inline __m256 sums_of_four(__m256 a, __m256 b, __m256 c, __m256 d) {
   const __m256d one = _mm256_castps_pd(_mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b)));
   const __m256d two = _mm256_castps_pd(_mm256_add_ps(_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d)));
