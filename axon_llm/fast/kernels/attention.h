@@ -54,10 +54,9 @@ inline void put_weights(const WidePairs&, int32_t* words, int64_t rows, int64_t 
 template <class Format>
 inline void add_strips(const uint8_t* p, int64_t blocks, const Activations& a, Floats* sums) {
   const int64_t length = blocks * Format::BYTES;
-  if constexpr (HELD) {
-    const auto both = [&](int64_t b) { return Beside<Format>(p + b * Format::BYTES, p + length + b * Format::BYTES); };
-    multiply_rows_by_two<Format>(both, blocks, a, 0, a.rows, sums, a.rows);
-  } else
+  if constexpr (HELD)
+    add_two_strips<Format>(p, p + length, blocks, a, 0, a.rows, sums, a.rows);
+  else
     for (int64_t s = 0; s < 2; s++)
       for (int64_t b = 0; b < blocks; b++)
         multiply_rows<Format>(typename Format::Block(p + s * length + b * Format::BYTES), a, b * a.rows, a.rows,

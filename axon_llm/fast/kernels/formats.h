@@ -355,4 +355,12 @@ inline void multiply_rows_by_two(const auto& blocks, int64_t count, const Activa
   for (; r < rows; r++) multiply_by_two<Format, 1>(blocks, count, a, at + r, sums + r, apart);
 }
 
+// … with the blocks of a strip one after the other.
+template <class Format>
+inline void add_two_strips(const uint8_t* one, const uint8_t* other, int64_t blocks, const Activations& a, int64_t at,
+                           int64_t rows, typename Format::Sum* sums, int64_t apart) {
+  const auto both = [&](int64_t i) { return Beside<Format>(one + i * Format::BYTES, other + i * Format::BYTES); };
+  multiply_rows_by_two<Format>(both, blocks, a, at, rows, sums, apart);
+}
+
 }  // namespace

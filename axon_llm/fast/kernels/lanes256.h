@@ -187,10 +187,17 @@ inline void put_bytes(void* y, Words x) {
   _mm_storeu_si128(static_cast<__m128i*>(y), bytes);
 }
 
+// The lower halves of two registers, and the upper ones.
+inline Words by_halves(__m256i a, __m256i b) {
+  return {_mm256_permute2x128_si256(a, b, 0x20), _mm256_permute2x128_si256(a, b, 0x31)};
+}
+inline Floats by_halves(__m256 a, __m256 b) {
+  return as_floats(by_halves(_mm256_castps_si256(a), _mm256_castps_si256(b)));
+}
+
 // Pairs of a short of `even` and one of `odd`: of the first sixteen, and of the others.
 inline Words pair_up(__m256i even, __m256i odd) {
-  const __m256i low = _mm256_unpacklo_epi16(even, odd), high = _mm256_unpackhi_epi16(even, odd);
-  return {_mm256_permute2x128_si256(low, high, 0x20), _mm256_permute2x128_si256(low, high, 0x31)};
+  return by_halves(_mm256_unpacklo_epi16(even, odd), _mm256_unpackhi_epi16(even, odd));
 }
 inline void pair_up(Words even, Words odd, Words& low, Words& high) {
   low = pair_up(even.low, odd.low);
@@ -199,8 +206,7 @@ inline void pair_up(Words even, Words odd, Words& low, Words& high) {
 
 // Numbers of `even` and of `odd` by turns: of the first eight of both, and of the others.
 inline Floats zip(__m256 even, __m256 odd) {
-  const __m256 low = _mm256_unpacklo_ps(even, odd), high = _mm256_unpackhi_ps(even, odd);
-  return {_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31)};
+  return by_halves(_mm256_unpacklo_ps(even, odd), _mm256_unpackhi_ps(even, odd));
 }
 inline void zip(Floats even, Floats odd, Floats& low, Floats& high) {
   low = zip(even.low, odd.low);
@@ -227,14 +233,10 @@ inline Floats sums_of_four(const Floats* x) {
 
 // Four times four quarters, turned: quarter i of the j-th becomes quarter j of the i-th.
 inline void turn_quarters(Floats* x) {
-  const auto pair = [](__m256 a, __m256 b, bool upper) {
-    return upper ? _mm256_permute2f128_ps(a, b, 0x31) : _mm256_permute2f128_ps(a, b, 0x20);
-  };
-  const Floats a = x[0], b = x[1], c = x[2], d = x[3];
-  x[0] = {pair(a.low, b.low, false), pair(c.low, d.low, false)};
-  x[1] = {pair(a.low, b.low, true), pair(c.low, d.low, true)};
-  x[2] = {pair(a.high, b.high, false), pair(c.high, d.high, false)};
-  x[3] = {pair(a.high, b.high, true), pair(c.high, d.high, true)};
+  const Floats a = by_halves(x[0].low, x[1].low), b = by_halves(x[2].low, x[3].low);
+  const Floats c = by_halves(x[0].high, x[1].high), d = by_halves(x[2].high, x[3].high);
+  x[0] = {a.low, b.low}, x[1] = {a.high, b.high};
+  x[2] = {c.low, d.low}, x[3] = {c.high, d.high};
 }
 
 // Sixteen Words, turned: word i of the j-th becomes word j of the i-th. By quarters of eight times eight.
@@ -254,8 +256,8 @@ inline void turn_quarter(__m256i* r) {
   }
 #pragma GCC unroll 4
   for (int i = 0; i < 4; i++) {
-    t[i] = _mm256_permute2x128_si256(r[i], r[i + 4], 0x20);
-    t[i + 4] = _mm256_permute2x128_si256(r[i], r[i + 4], 0x31);
+    const Words both = by_halves(r[i], r[i + 4]);
+    t[i] = both.low, t[i + 4] = both.high;
   }
 #pragma GCC unroll 8
   for (int i = 0; i < 8; i++) r[i] = t[i];

@@ -153,15 +153,6 @@ inline void add_beside(const uint8_t* const* w, int64_t blocks, const Activation
   multiply_by_two<Format, 1>(both, blocks, a, 0, sums, 1);
 }
 
-// Sums of `rows` rows and two strips, the second's `apart` from the first's, += those from place `at` on, times their
-// blocks.
-template <class Format>
-inline void add_beside(const uint8_t* const* w, int64_t blocks, const Activations& a, int64_t at, int64_t rows,
-                       typename Format::Sum* sums, int64_t apart) {
-  const auto both = [&](int64_t i) { return Beside<Format>(w[0] + i * Format::BYTES, w[1] + i * Format::BYTES); };
-  multiply_rows_by_two<Format>(both, blocks, a, at, rows, sums, apart);
-}
-
 // x [R, K] times the weights of all strips, which threads share: many rows. Several strips are multiplied by as much of
 // some rows as stays in the second-level cache.
 template <class Format, class Weights, class X, class Y>
@@ -187,7 +178,8 @@ void multiply_many(const X* x, const Weights& weights, const float* scales, cons
             const int64_t rows = std::min(TOGETHER, R - from), at = b * a.rows + from;
             int64_t s = 0;
             if constexpr (HELD)
-              for (; s + 2 <= together; s += 2) add_beside<Format>(w + s, taken, a, at, rows, sums + s * R + from, R);
+              for (; s + 2 <= together; s += 2)
+                add_two_strips<Format>(w[s], w[s + 1], taken, a, at, rows, sums + s * R + from, R);
             for (; s < together; s++) add_blocks<Format>(w[s], taken, a, at, rows, sums + s * R + from);
           }
         }
