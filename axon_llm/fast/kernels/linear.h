@@ -130,7 +130,7 @@ inline void add_blocks(const uint8_t* p, int64_t blocks, const Activations& a, i
   if (rows == 1) {  // in a loop of its own, where the sum and what is multiplied stay in registers
     typename Format::Sum sum = sums[0];
     for (int64_t b = 0; b < blocks; b++, p += Format::BYTES, at += step) {
-      if constexpr (AHEAD_ROWS == 1) fetch<AHEAD_INTO>(p + AHEAD, Format::BYTES);
+      if constexpr (ALONE_AHEAD > 0) fetch<ALONE_INTO>(p + ALONE_AHEAD, Format::BYTES);
       Format::template multiply<1>(typename Format::Alone(p), a, at, &sum);
     }
     sums[0] = sum;
@@ -147,7 +147,7 @@ template <class Format>
 inline void add_beside(const uint8_t* const* w, int64_t blocks, const Activations& a, typename Format::Sum* sums) {
   const auto both = [&](int64_t i) {
     const uint8_t *one = w[0] + i * Format::BYTES, *other = w[1] + i * Format::BYTES;
-    fetch<AHEAD_INTO>(one + AHEAD, Format::BYTES), fetch<AHEAD_INTO>(other + AHEAD, Format::BYTES);
+    fetch<ALONE_INTO>(one + ALONE_AHEAD, Format::BYTES), fetch<ALONE_INTO>(other + ALONE_AHEAD, Format::BYTES);
     return Beside<Format>(one, other);
   };
   multiply_by_two<Format, 1>(both, blocks, a, 0, sums, 1);
