@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from axon_llm.cache import KVCache
 from axon_llm.fast.attention import AttentionKernels, RopeAtOnce
-from axon_llm.fast.linear import ParallelLinear
+from axon_llm.fast.linear import ParallelLinear, PlainLinear
 from axon_llm.fast.strips import LANES, StripEmbedding, StripLinear
 from axon_llm.layers.attention import Attention
 from axon_llm.layers.norm import RMSNorm
@@ -90,16 +90,17 @@ class FusedFeedForward(nn.Module):
 
 
 class StripBlocks(Blocks):
-    """The readable ``Blocks`` in one call, the cache's update among it; bfloat16, weights in strips of one format.
+    """The readable ``Blocks`` in one call, the cache's update among it; bfloat16, all weights of one format.
 
-    Without a cache, or over one of another type than the activations, they are blocks of parts (``FusedAttention``,
+    They are in strips, or lie as they are stored, for an answer that is not worth laying out strips first. Without a
+    cache, or over one of another type than the activations, they are blocks of parts (``FusedAttention``,
     ``FusedFeedForward``). The one call takes no mask: what a token may see follows from its position.
 
     The call's arguments are gathered once, and again when all blocks are moved or converted together. A weight that is
     exchanged by itself afterwards is not seen.
 
     Args:
-        blocks: of such parts, all with strips, as :meth:`where_they_suit` finds out.
+        blocks: of such parts, all for our own kernels, as :meth:`where_they_suit` finds out.
         windows: as those of ``Blocks``.
     """
 
@@ -114,13 +115,14 @@ class StripBlocks(Blocks):
         if not all(isinstance(attention, FusedAttention) and attention.skips_hidden for attention, _ in parts):
             return None
         linears = [linear for attention, mlp in parts for linear in _linears(attention, mlp)]
-        if not all(isinstance(linear, StripLinear) for linear in linears):
+        if not all(map(multiplies_itself, linears)):
             return None
-        formats = {linear.strip_kind for linear in linears}
+        formats = {_parts(linear)[0].strip_kind for linear in linears}
         epsilons = {norm.eps for norm in blocks.modules() if isinstance(norm, RMSNorm)}
-        biased = any(linear.bias is not None for _, mlp in parts for linear in (mlp.gate_up_proj, mlp.down_proj))
-        gated = {mlp.down_proj.in_features % LANES for _, mlp in parts}  # by whole strips
-        if len(formats) > 1 or len(epsilons) > 1 or biased or any(gated):
+        biased = any(_bias(linear) is not None for _, mlp in parts for linear in (mlp.gate_up_proj, mlp.down_proj))
+        whole = [part.out_features for linear in linears for part in _parts(linear)[:-1]]  # by whole strips
+        gated = [_parts(mlp.down_proj)[0].in_features for _, mlp in parts]
+        if len(formats) > 1 or len(epsilons) > 1 or biased or any(size % LANES for size in (*whole, *gated)):
             return None
         return cls(blocks, blocks.windows)
 
@@ -131,20 +133,21 @@ class StripBlocks(Blocks):
         linears: list[Any] = [linear for block in blocks for linear in _linears(block.self_attn, block.mlp)]
         norms = [norm for block in blocks for norm in (block.input_layernorm, block.post_attention_layernorm)]
         head_norms = [norm for part in attention for norm in (part.q_norm, part.k_norm) if isinstance(norm, RMSNorm)]
-        first = linears[0]
+        products = [part for linear in linears for part in _parts(linear)]
+        biases = [(_bias(part.qkv_proj), _bias(part.o_proj)) for part in attention]
         self.given = (
             [NO_WINDOW if window is None else window for window in self.windows],
             attention[0].num_heads,
-            blocks[0].mlp.down_proj.in_features,
+            _parts(blocks[0].mlp.down_proj)[0].in_features,
             norms[0].eps,
             [norm.weight for norm in norms],
-            [linear.strips for linear in linears],
-            [linear.scale for linear in linears if linear.scale is not None],
-            [part.qkv_proj.bias for part in attention if part.qkv_proj.bias is not None],
-            [part.o_proj.bias for part in attention if part.o_proj.bias is not None],
+            [_strips(product) for product in products],
+            [product.scale for product in products if product.scale is not None],
+            [qkv for qkv, _ in biases if qkv is not None],
+            [out for _, out in biases if out is not None],
             [norm.weight for norm in head_norms],
-            first.strip_kind,
-            first.products,
+            products[0].strip_kind,
+            products[0].products,
         )
 
     def _apply(self, fn: Any, recurse: bool = True) -> StripBlocks:
@@ -168,7 +171,7 @@ class StripHead(nn.Module):
         linear: maps hidden to the vocabulary; no bias.
     """
 
-    def __init__(self, norm: RMSNorm, linear: StripLinear) -> None:
+    def __init__(self, norm: RMSNorm, linear: StripLinear | PlainLinear) -> None:
         super().__init__()
         self.norm, self.linear = norm, linear
 
@@ -176,7 +179,7 @@ class StripHead(nn.Module):
         """``x`` ``[…, hidden]`` bfloat16, not normalised → ``[…, vocab]`` float32."""
         norm, linear = self.norm, self.linear
         y: Tensor = torch.ops.axon.strips_logits(
-            x, norm.weight, norm.eps, linear.strips, linear.scale, linear.out_features, linear.strip_kind,
+            x, norm.weight, norm.eps, _strips(linear), linear.scale, linear.out_features, linear.strip_kind,
             linear.products,
         )  # fmt: skip
         return y
@@ -223,7 +226,7 @@ class StripTransformer(Transformer):
         self._after: tuple[Any, ...] = (
             *parts.layers.given,
             head.norm.weight,
-            linear.strips,
+            _strips(linear),
             linear.scale,
             linear.out_features,
             linear.strip_kind,
@@ -244,5 +247,29 @@ class StripTransformer(Transformer):
         return y
 
 
-def _linears(attention: Any, mlp: Any) -> tuple[nn.Module, ...]:
+def multiplies_itself(linear: nn.Module) -> bool:
+    """Our own kernels multiply by a linear's weights, in strips or as they are stored."""
+    return all(
+        isinstance(part, StripLinear) or (isinstance(part, PlainLinear) and part.native) for part in _parts(linear)
+    )
+
+
+def _linears(attention: Any, mlp: Any) -> tuple[Any, ...]:
     return attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj
+
+
+def _parts(linear: Any) -> Sequence[Any]:
+    """The linears that one stands for, where its weights are as they are stored; else itself."""
+    return linear.linears if isinstance(linear, ParallelLinear) else (linear,)
+
+
+def _strips(linear: Any) -> Tensor:
+    """What the kernels multiply by."""
+    weight: Tensor = linear.weight if isinstance(linear, PlainLinear) else linear.strips
+    return weight
+
+
+def _bias(linear: Any) -> Tensor | None:
+    """Of all parts together, if they have one."""
+    biases = [part.bias for part in _parts(linear) if part.bias is not None]
+    return torch.cat(biases) if len(biases) > 1 else next(iter(biases), None)

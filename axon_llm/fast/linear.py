@@ -54,6 +54,8 @@ class PlainLinear(FastLinear):
     """
 
     kind = "plain"
+    strip_kind = 3  # as numbered in kernels/linear.h
+    scale = None
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         super().__init__(weight.shape[1], weight.shape[0])
@@ -86,9 +88,11 @@ class ParallelLinear(nn.Module):
         linears: in the order of their outputs.
     """
 
-    def __init__(self, linears: Sequence[nn.Module]) -> None:
+    linears: Sequence[PlainLinear]
+
+    def __init__(self, linears: Sequence[PlainLinear]) -> None:
         super().__init__()
-        self.linears = nn.ModuleList(linears)
+        self.linears = nn.ModuleList(linears)  # type: ignore[assignment]
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` ``[…, K]`` → ``[…, N]``, N the sum of theirs."""

@@ -17,7 +17,14 @@ from torch import Tensor, nn
 from axon_llm.errors import UsageError
 from axon_llm.fast import native, ops
 from axon_llm.fast.attention import AttentionKernels, RopeAtOnce, fastest_attention
-from axon_llm.fast.blocks import FusedAttention, FusedFeedForward, StripBlocks, StripHead, StripTransformer
+from axon_llm.fast.blocks import (
+    FusedAttention,
+    FusedFeedForward,
+    StripBlocks,
+    StripHead,
+    StripTransformer,
+    multiplies_itself,
+)
 from axon_llm.fast.fp8 import Fp8Linear, quantise_fp8
 from axon_llm.fast.gpu.block import GpuBlock, GpuNorm
 from axon_llm.fast.gpu.linear import GpuLinear
@@ -26,7 +33,7 @@ from axon_llm.fast.int8 import Int8Linear, Int8WeightLinear
 from axon_llm.fast.linear import FastLinear, PackedLinear, ParallelLinear, PlainLinear
 from axon_llm.fast.plan import Plan, choose
 from axon_llm.fast.quantise import GROUP, quantise_int4, quantise_int8
-from axon_llm.fast.strips import Bf16Strips, Int4Strips, Int8Strips, StripEmbedding, StripLinear, lay_int4, lay_int8
+from axon_llm.fast.strips import Bf16Strips, Int4Strips, Int8Strips, StripEmbedding, lay_int4, lay_int8
 from axon_llm.model import Transformer
 
 
@@ -134,7 +141,7 @@ def fuse(
 
 
 def join(model: Transformer) -> Transformer:
-    """Make one call of a fused model's blocks, and one of a whole step, where their weights are all in strips.
+    """Make one call of a fused model's blocks, and one of a whole step, where our own kernels multiply all of it.
 
     Args:
         model: changed in place; its weights are those it keeps.
@@ -147,8 +154,9 @@ def join(model: Transformer) -> Transformer:
         return model
     model.layers = blocks
     model.rope = RopeAtOnce(model.rope)  # type: ignore[assignment]
-    if isinstance(model.lm_head, StripLinear):
-        head = StripHead(model.norm, model.lm_head)
+    linear: Any = model.lm_head  # of another type than a Transformer's
+    if multiplies_itself(linear):
+        head = StripHead(model.norm, linear)
         model.norm, model.lm_head = nn.Identity(), head  # type: ignore[assignment]
     return StripTransformer.where_it_suits(model) or model
 

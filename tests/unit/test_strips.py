@@ -55,6 +55,11 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ops.
     return chosen
 
 
+def plan_of(kind: str) -> Plan:
+    """One that multiplies by weights of a format, or as they are stored."""
+    return Plan("plain" if kind == "stored" else f"{kind}-strips", True, "", "", 16)  # type: ignore[arg-type]
+
+
 def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
@@ -412,15 +417,14 @@ def test_attention_is_ours_only_in_bfloat16_on_a_cpu_with_kernels() -> None:
         assert chosen(**change) == "fused"
 
 
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("kind", [*FORMATS, "stored"])
 @pytest.mark.parametrize("config", [CONFIG, QWEN], ids=["llama", "biases-and-qk-norm"])
 @pytest.mark.parametrize("rows", [1, 3])
 def test_blocks_in_one_call_give_what_the_products_one_by_one_do(
     kind: str, config: ModelConfig, rows: int, way: ops.Products, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fast() -> Transformer:
-        plan = Plan(f"{kind}-strips", True, "", "", 16)  # type: ignore[arg-type]
-        return accelerate(random_model(config, torch.bfloat16), plan=plan)
+        return accelerate(random_model(config, torch.bfloat16), plan=plan_of(kind))
 
     together = fast()
     monkeypatch.setattr(StripBlocks, "where_they_suit", lambda *_: None)
@@ -428,7 +432,7 @@ def test_blocks_in_one_call_give_what_the_products_one_by_one_do(
     assert isinstance(together.layers, StripBlocks)
     assert not isinstance(one_by_one.layers, StripBlocks)
     logits = [prefill_and_decode(model, torch.bfloat16, rows) for model in (together, one_by_one)]
-    assert 0 < relative(*logits) < (0.02 if kind == "bf16" else 0.05)
+    assert 0 < relative(*logits) < (0.02 if kind in ("bf16", "stored") else 0.05)
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -485,12 +489,11 @@ def test_a_block_sees_as_far_as_its_window(window: int, monkeypatch: pytest.Monk
 
 
 @kernels
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("kind", [*FORMATS, "stored"])
 @pytest.mark.parametrize("rows", [1, 3])
 def test_scores_are_those_of_norm_and_output_layer_but_not_rounded(kind: str, rows: int, way: ops.Products) -> None:
     config = QWEN if kind == "int4" else replace(QWEN, vocab_size=QWEN.vocab_size - 5)  # untied; not whole strips
-    plan = Plan(f"{kind}-strips", True, "", "", 16)  # type: ignore[arg-type]
-    head = accelerate(random_model(config, torch.bfloat16), plan=plan).lm_head
+    head = accelerate(random_model(config, torch.bfloat16), plan=plan_of(kind)).lm_head
     assert isinstance(head, StripHead)
     x = torch.randn(rows, 1, config.hidden_size).bfloat16()
     scores, rounded = head(x), head.linear(head.norm(x))
@@ -511,7 +514,10 @@ def test_blocks_that_differ_in_more_than_weights_are_not_one_call() -> None:
     biased[0].mlp.down_proj.bias = torch.nn.Parameter(torch.zeros(CONFIG.hidden_size))
     other_format[1].mlp.down_proj.strip_kind = 1
     half_a_strip[0].mlp.down_proj.in_features -= 8
-    for each in (other_norm, biased, other_format, half_a_strip):
+    stored = Blocks(accelerate(random_model(CONFIG, torch.bfloat16), once=True).layers, CONFIG.layer_windows)
+    assert StripBlocks.where_they_suit(stored) is not None
+    stored[0].self_attn.qkv_proj.linears[0].out_features -= 8
+    for each in (other_norm, biased, other_format, half_a_strip, stored):
         assert StripBlocks.where_they_suit(each) is None
 
 
@@ -535,7 +541,7 @@ def test_blocks_that_were_copied_or_converted_compute_with_what_they_have_now() 
         (6, torch.ones(1), "float32 scales for whole strips"),
         (7, torch.ones(1).bfloat16(), "bfloat16 numbers are wanted"),
         (4, torch.ones(CONFIG.hidden_size), "bfloat16 numbers are wanted"),
-        (10, 3, "no kind of strips"),
+        (10, 4, "no kind of weights"),
     ],
     ids=["no-scales", "short-scales", "short-biases", "float32-norms", "unknown-kind"],
 )
@@ -552,15 +558,36 @@ def test_weights_of_another_size_or_type_are_refused(place: int, wrong: object, 
             forward(model, torch.tensor([[1]]), torch.tensor([[0]]), cache)
 
 
-@pytest.mark.parametrize("kind", FORMATS)
+@kernels
+@pytest.mark.parametrize("wrong", ["type", "inputs", "outputs", "half a strip"])
+def test_weights_as_stored_of_another_size_or_type_are_refused(wrong: str) -> None:
+    model = accelerate(random_model(QWEN, torch.bfloat16), plan=plan_of("stored"))
+    given = list(model.layers.given)
+    weights = list(given[5])
+    query = weights[0]
+    weights[0] = {
+        "type": query.float(),
+        "inputs": query[:, 1:].contiguous(),
+        "outputs": query[16:],
+        "half a strip": query[8:],
+    }[wrong]
+    given[5] = weights
+    model.layers.given = tuple(given)
+    model._gather()
+    cache = KVCache(QWEN, slots=1, max_seq_len=8, dtype=torch.bfloat16)
+    for forward in (StripTransformer.forward, Transformer.forward):
+        with pytest.raises(RuntimeError, match=r"bfloat16 rows as long as|a row for each channel"):
+            forward(model, torch.tensor([[1]]), torch.tensor([[0]]), cache)
+
+
+@pytest.mark.parametrize("kind", [*FORMATS, "stored"])
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize(("slots", "tokens"), [(1, 1), (3, 1), (2, 5), (1, 70)])
 def test_a_step_in_one_call_gives_what_its_parts_do(
     kind: str, tied: bool, slots: int, tokens: int, way: ops.Products
 ) -> None:
     config = replace(CONFIG, tie_word_embeddings=tied)
-    plan = Plan(f"{kind}-strips", True, "", "", 16)  # type: ignore[arg-type]
-    model = accelerate(random_model(config, torch.bfloat16), plan=plan)
+    model = accelerate(random_model(config, torch.bfloat16), plan=plan_of(kind))
     assert isinstance(model, StripTransformer)
     ids = torch.randint(0, config.vocab_size, (slots, tokens))
     positions = torch.stack([torch.arange(3 * slot, 3 * slot + tokens) for slot in range(slots)])

@@ -69,10 +69,11 @@ inline void norm_rows(const uint16_t* x, const uint16_t* weight, float eps, cons
 
 // What all layers are made of. A list that a model has none of is empty.
 struct Weights {
-  static constexpr size_t NORMS = 2, PRODUCTS = 4;  // of a layer
+  static constexpr size_t NORMS = 2, PRODUCTS = 4;                // of a layer
+  static constexpr size_t PARTS[PRODUCTS + 1] = {0, 3, 4, 6, 7};  // as a checkpoint has them: where each begins
 
   const Tensors norms;       // [H]: before attention, before the feed-forward
-  const Tensors strips;      // of query, key and value; attention's output; gate and up; down
+  const Tensors strips;      // of query, key and value; attention's output; gate and up; down; or each by itself
   const Tensors scales;      // as many: of int8, float32
   const Tensors qkv_biases;  // [(Hq + 2 Hkv) D]
   const Tensors out_biases;  // [H]
@@ -81,12 +82,21 @@ struct Weights {
   const int64_t kind, products;
 
   size_t layers() const { return norms.size() / NORMS; }
+  size_t each() const { return kind == STORED ? PARTS[PRODUCTS] : PRODUCTS; }  // of `strips`, for a layer
+
+  // One of a layer's products, with N channels.
+  Weight product(size_t layer, size_t which, int64_t N) const {
+    const size_t first = kind == STORED ? PARTS[which] : which;
+    const size_t parts = kind == STORED ? PARTS[which + 1] - first : 1;
+    const Tensor* scale = scales.empty() ? nullptr : &scales[layer * PRODUCTS + which];
+    return weight_of(&strips[layer * each() + first], parts, scale, kind, N);
+  }
 
   // As many of all as there are layers, and what has no shape of its own as long as heads of D and rows of H want it.
   void check(int64_t heads, int64_t D, int64_t H) const {
     const size_t L = layers();
     const auto fits = [&](const Tensors& many, size_t each) { return many.empty() || many.size() == L * each; };
-    STD_TORCH_CHECK(norms.size() == L * NORMS && strips.size() == L * PRODUCTS && fits(scales, PRODUCTS) &&
+    STD_TORCH_CHECK(norms.size() == L * NORMS && strips.size() == L * each() && fits(scales, PRODUCTS) &&
                         fits(qkv_biases, 1) && fits(out_biases, 1) && fits(head_norms, 2),
                     "as many weights of every sort as there are layers are wanted");
     const auto long_as = [](const Tensors& many, int64_t count) {
@@ -152,9 +162,7 @@ class Stream {
   }
 
   void multiply(size_t layer, size_t product, const Numbers& x, int64_t K, const auto& y) const {
-    const size_t which = layer * w.PRODUCTS + product;
-    const Weight weight = weight_of(w.strips[which], w.scales.empty() ? nullptr : &w.scales[which], w.kind, y.N);
-    multiply_strips(x.get(), weight, y, R, K, w.products);
+    multiply_weight(x.get(), w.product(layer, product, y.N), y, R, K, w.products);
   }
 
   // Queries and keys, normalised where there are norms, and turned.

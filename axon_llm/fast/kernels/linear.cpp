@@ -8,9 +8,6 @@
 
 namespace {
 
-// Rows up to which a weight as it lies in a checkpoint is multiplied where it lies; for more it is laid in strips.
-constexpr int64_t STORED_ROWS = HELD ? 8 : 2;
-
 // x […, K] and the result y […, N], of the same type: work(x, y, R, K).
 template <class Work>
 Tensor product(const Tensor& x, int64_t N, bool float32, const Work& work) {
@@ -33,59 +30,27 @@ Tensor product(const Tensor& x, int64_t N, bool float32, const Work& work) {
 
 Tensor bf16(const Tensor& x, const Tensor& strips, int64_t N, int64_t products) {
   return product(x, N, false, [&](const auto* in, auto* out, int64_t R, int64_t K) {
-    multiply_strips(in, {strips, nullptr, BF16}, into(out, N), R, K, products);
+    multiply_weight(in, weight_of(&strips, 1, nullptr, BF16, N), into(out, N), R, K, products);
   });
 }
 
 Tensor int8(const Tensor& x, const Tensor& strips, const Tensor& scale, int64_t N, int64_t products) {
   return product(x, N, true, [&](const auto* in, auto* out, int64_t R, int64_t K) {
-    multiply_strips(in, weight_of(strips, &scale, INT8, N), into(out, N), R, K, products);
+    multiply_weight(in, weight_of(&strips, 1, &scale, INT8, N), into(out, N), R, K, products);
   });
 }
 
 Tensor int4(const Tensor& x, const Tensor& strips, int64_t N, int64_t products) {
   return product(x, N, true, [&](const auto* in, auto* out, int64_t R, int64_t K) {
-    multiply_strips(in, {strips, nullptr, INT4}, into(out, N), R, K, products);
+    multiply_weight(in, weight_of(&strips, 1, nullptr, INT4, N), into(out, N), R, K, products);
   });
 }
 
-// The sum of the products of two rows of bfloat16, in four parts: none waits for another.
-inline float dot(const uint16_t* a, const uint16_t* b, int64_t K, bool wide) {
-  Floats parts[4];
-  for (auto& part : parts) part = all(0.0f);
-  for (int64_t k = 0; k < K; k += 128) {
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) {
-      const int64_t from = k + 32 * i;
-      const Words x = shorts_at(a + from, K - from), y = shorts_at(b + from, K - from);
-#ifdef AXON_PAIRS
-      if (!wide) {
-        parts[i] = add_pairs(parts[i], x, y);
-        continue;
-      }
-#endif
-      parts[i] = fma(low_half(x), low_half(y), fma(high_half(x), high_half(y), parts[i]));
-    }
-  }
-  return sum((parts[0] + parts[1]) + (parts[2] + parts[3]));
-}
-
-// A weight [N, K] as it lies in a checkpoint: slower than strips, and nothing had to be laid out beforehand.
-Tensor stored(const Tensor& x, const Tensor& weight, int64_t products) {
-  STD_TORCH_CHECK(weight.scalar_type() == BFLOAT16 && weight.size(1) == x.size(x.dim() - 1) && weight.is_contiguous(),
-                  "bfloat16 rows as long as those of the weight are wanted");
-  const auto* w = static_cast<const uint16_t*>(weight.const_data_ptr());
+// A weight [N, K] as it lies in a checkpoint.
+Tensor bf16_stored(const Tensor& x, const Tensor& weight, int64_t products) {
   const int64_t N = weight.size(0);
   return product(x, N, false, [&](const auto* in, auto* out, int64_t R, int64_t K) {
-    if constexpr (sizeof(*in) == 2) {
-      if (R > STORED_ROWS) return multiply_bf16(in, Stored{w, N, K}, into(out, N), R, K, products);
-      share(N, least(N, 2 * N * K), [&](Pieces& pieces) {
-        for (int64_t n, end; pieces.take(n, end);)
-          for (; n < end; n++)
-            for (int64_t r = 0; r < R; r++)
-              store(out + r * N + n, all(dot(in + r * K, w + n * K, K, products == WIDE)), 1);
-      });
-    }
+    multiply_weight(in, weight_of(&weight, 1, nullptr, STORED, N), into(out, N), R, K, products);
   });
 }
 
@@ -123,7 +88,7 @@ Tensor strip_rows(const Tensor& strips, const Tensor& channels, int64_t wanted) 
 extern "C" bool axon_tiles() { return tiles_allowed(); }
 
 STABLE_TORCH_LIBRARY_IMPL(axon, CPU, m) {
-  m.impl("bf16_stored", TORCH_BOX(&stored));
+  m.impl("bf16_stored", TORCH_BOX(&bf16_stored));
   m.impl("lay_strips", TORCH_BOX(&lay_strips));
   m.impl("strip_rows", TORCH_BOX(&strip_rows));
   m.impl("bf16_strips", TORCH_BOX(&bf16));

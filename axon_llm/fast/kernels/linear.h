@@ -9,11 +9,14 @@
 
 namespace {
 
-// What is in strips; strips.py has the same numbers.
-enum Kind : int64_t { BF16, INT8, INT4 };
+// What a weight is: strips of a format, or bfloat16 as it lies in a checkpoint; strips.py and linear.py have the same
+// numbers.
+enum Kind : int64_t { BF16, INT8, INT4, STORED };
 
 // Rows from which int4 weights are widened to bfloat16 for the matrix unit; activations need no rounding then.
 constexpr int64_t WIDENED_ROWS = 64;
+// Rows up to which a weight as it lies in a checkpoint is multiplied where it lies; for more it is laid in strips.
+constexpr int64_t STORED_ROWS = HELD ? 8 : 2;
 // What is taken together of many rows: strips, and blocks of each.
 constexpr int64_t MANY_STRIPS = 8, MANY_BLOCKS = 32;
 // Sums of few rows that are kept and become results together: what they are added to, and where they go, is in no
@@ -44,17 +47,29 @@ struct Laid {
   }
 };
 
-// From a bfloat16 weight [N, K] as it lies in a checkpoint: sixteen rows are laid in a strip.
+// From bfloat16 weights [N, K] as they lie in a checkpoint, up to three, one below the other: sixteen rows are laid in
+// a strip. All but the last have whole strips.
 struct Stored {
   static constexpr int64_t MADE = Pairs::BYTES;
-  const uint16_t* weight;
-  int64_t N, K;
+  struct Part {
+    const uint16_t* weight;
+    int64_t N;
+  };
+  std::vector<Part> parts;
+  int64_t K;
 
+  // A strip's rows, and how many of the sixteen there are.
+  Part rows(int64_t strip) const {
+    int64_t n = strip * LANES;
+    size_t part = 0;
+    while (n >= parts[part].N) n -= parts[part++].N;
+    return {parts[part].weight + n * K, std::min(LANES, parts[part].N - n)};
+  }
   const uint8_t* blocks(int64_t strip, int64_t first, int64_t count, uint8_t* room) const {
-    const int64_t n = strip * LANES;
+    const Part here = rows(strip);
     for (int64_t b = 0; b < count; b++) {
       const int64_t k = (first + b) * Pairs::INPUTS;
-      lay_block(weight + n * K + k, K, N - n, K - k, room + b * MADE);
+      lay_block(here.weight + k, K, here.N, K - k, room + b * MADE);
     }
     return room;
   }
@@ -98,6 +113,7 @@ struct ByTurns {
   int64_t half;  // strips of one
 
   int64_t which(int64_t strip) const { return strip % 2 * half + strip / 2; }
+  auto rows(int64_t strip) const { return both.rows(which(strip)); }
   const uint8_t* blocks(int64_t strip, int64_t first, int64_t count, uint8_t* room) const {
     return both.blocks(which(strip), first, count, room);
   }
@@ -288,22 +304,80 @@ void multiply_bf16(const uint16_t* x, const Weights& weights, const Y& y, int64_
   multiply<WidePairs>(x, weights, nullptr, y, R, K);
 }
 
-// A weight in strips, whatever is in them.
+// A weight, whatever it is.
 struct Weight {
-  const Tensor& strips;
+  const Tensor* strips;  // one, or as many as lie one below the other in a checkpoint
+  size_t parts;
   const float* scales;  // int8: [N]
   Kind kind;
 };
 
-// The strips of N channels as an operator's arguments have them, which are looked at.
-inline Weight weight_of(const Tensor& strips, const Tensor* scale, int64_t kind, int64_t N) {
-  STD_TORCH_CHECK(kind >= BF16 && kind <= INT4, "there is no kind of strips ", kind);
+// N channels as an operator's arguments have them, which are looked at.
+inline Weight weight_of(const Tensor* strips, size_t parts, const Tensor* scale, int64_t kind, int64_t N) {
+  STD_TORCH_CHECK(kind >= BF16 && kind <= STORED, "there is no kind of weights ", kind);
   STD_TORCH_CHECK((kind == INT8) == (scale != nullptr), "scales are wanted for int8, and for nothing else");
-  if (scale == nullptr) return {strips, nullptr, static_cast<Kind>(kind)};
+  if (scale == nullptr) return {strips, parts, nullptr, static_cast<Kind>(kind)};
   STD_TORCH_CHECK(scale->scalar_type() == torch::headeronly::ScalarType::Float && scale->is_contiguous() &&
                       scale->numel() >= pieces_of(N, LANES) * LANES,
                   "float32 scales for whole strips of ", N, " channels are wanted");
-  return {strips, static_cast<const float*>(scale->const_data_ptr()), static_cast<Kind>(kind)};
+  return {strips, parts, static_cast<const float*>(scale->const_data_ptr()), static_cast<Kind>(kind)};
+}
+
+// A checkpoint's weights of N channels, which are looked at.
+inline Stored stored(const Weight& weight, int64_t N, int64_t K) {
+  Stored all{{}, K};
+  for (size_t i = 0; i < weight.parts; i++) {
+    const Tensor& part = weight.strips[i];
+    STD_TORCH_CHECK(part.scalar_type() == BFLOAT16 && part.dim() == 2 && part.size(1) == K && part.is_contiguous() &&
+                        (i + 1 == weight.parts || part.size(0) % LANES == 0),
+                    "bfloat16 rows as long as those of the activations are wanted, and whole strips of them");
+    all.parts.push_back({static_cast<const uint16_t*>(part.const_data_ptr()), part.size(0)});
+    N -= part.size(0);
+  }
+  STD_TORCH_CHECK(N == 0, "a row for each channel is wanted");
+  return all;
+}
+
+// The sum of the products of two rows of bfloat16, in four parts: none waits for another.
+inline float dot(const uint16_t* a, const uint16_t* b, int64_t K, bool wide) {
+  Floats parts[4];
+  for (auto& part : parts) part = all(0.0f);
+  for (int64_t k = 0; k < K; k += 128) {
+    if constexpr (ALONE_AHEAD > 0) fetch<ALONE_INTO>(reinterpret_cast<const uint8_t*>(b + k) + ALONE_AHEAD, 256);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+      const int64_t from = k + 32 * i;
+      const Words x = shorts_at(a + from, K - from), y = shorts_at(b + from, K - from);
+#ifdef AXON_PAIRS
+      if (!wide) {
+        parts[i] = add_pairs(parts[i], x, y);
+        continue;
+      }
+#endif
+      parts[i] = fma(low_half(x), low_half(y), fma(high_half(x), high_half(y), parts[i]));
+    }
+  }
+  return sum((parts[0] + parts[1]) + (parts[2] + parts[3]));
+}
+
+// Few rows times a checkpoint's weights, row by row where they lie: slower than strips, and nothing had to be laid out
+// beforehand.
+template <class Weights, class Y>
+void multiply_in_place(const uint16_t* x, const Weights& weights, const Y& y, int64_t R, int64_t K, bool wide) {
+  const int64_t count = pieces_of(y.N, LANES), pairs = pieces_of(count, 2);
+  share(pairs, least(pairs, 2 * y.N * K), [&](Pieces& pieces) {
+    alignas(64) float sums[2][STORED_ROWS][LANES] = {};
+    for (int64_t pair, end; pieces.take(pair, end);)
+      for (; pair < end; pair++) {
+        const int64_t strip = 2 * pair, together = std::min<int64_t>(2, count - strip);
+        for (int64_t s = 0; s < together; s++) {
+          const Stored::Part here = weights.rows(strip + s);
+          for (int64_t n = 0; n < here.N; n++)
+            for (int64_t r = 0; r < R; r++) sums[s][r][n] = dot(x + r * K, here.weight + n * K, K, wide);
+        }
+        y.take(strip, together, 0, R, [&](int64_t s, int64_t r) { return floats_at(sums[s][r]); });
+      }
+  });
 }
 
 // Weights in the order that their results are wanted in.
@@ -316,17 +390,24 @@ auto ordered(const Y& y, const Weights& weights) {
 }
 
 template <class X, class Y>
-void multiply_strips(const X* x, const Weight& weight, const Y& y, int64_t R, int64_t K, int64_t products) {
-  if constexpr (sizeof(X) == 2)
-    if (weight.kind == BF16) return multiply_bf16(x, ordered(y, laid<Pairs>(weight.strips, y.N, K)), y, R, K, products);
+void multiply_weight(const X* x, const Weight& weight, const Y& y, int64_t R, int64_t K, int64_t products) {
+  if constexpr (sizeof(X) == 2) {
+    if (weight.kind == STORED) {
+      const auto weights = ordered(y, stored(weight, y.N, K));
+      if (R <= STORED_ROWS) return multiply_in_place(x, weights, y, R, K, products == WIDE);
+      return multiply_bf16(x, weights, y, R, K, products);
+    }
+    if (weight.kind == BF16)
+      return multiply_bf16(x, ordered(y, laid<Pairs>(*weight.strips, y.N, K)), y, R, K, products);
+  }
   if (weight.kind == INT8) {
-    const auto strips = ordered(y, laid<Int8>(weight.strips, y.N, K));
+    const auto strips = ordered(y, laid<Int8>(*weight.strips, y.N, K));
 #ifdef AXON_TILES
     if (products == TILES && tiles_allowed()) return multiply_in_tiles<TileInt8>(x, strips, weight.scales, y, R, K);
 #endif
     return multiply<Int8>(x, strips, weight.scales, y, R, K);
   }
-  const auto strips = laid<Int4>(weight.strips, y.N, K);
+  const auto strips = laid<Int4>(*weight.strips, y.N, K);
 #ifdef AXON_TILES
   if (products == TILES && tiles_allowed() && R >= WIDENED_ROWS)
     return multiply_in_tiles<TilePairs>(x, ordered(y, Widened{strips.strips, strips.length}), nullptr, y, R, K);
