@@ -54,7 +54,7 @@ class PlainLinear(FastLinear):
     """
 
     kind = "plain"
-    strip_kind = 3  # as numbered in kernels/linear.h
+    strip_kind = 3  # as numbered in kernels/weights.h
     scale = None
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:

@@ -103,7 +103,7 @@ class StripLinear(FastLinear):
         bias: ``[N]`` or ``None``.
     """
 
-    strip_kind = -1  # as numbered in kernels/linear.h
+    strip_kind = -1  # as numbered in kernels/weights.h
     strips: Tensor
     scale: Tensor | None
 

@@ -9,7 +9,7 @@
 //
 // Legend: R rows, K input channels, N output channels
 //
-// Read next: results.h.
+// Read next: weights.h.
 
 #pragma once
 
