@@ -1,8 +1,9 @@
-"""Blocks with fewer calls than the readable one: parallel projections fused, and with strips what surrounds them too.
+"""Blocks with fewer calls than the readable one: parallel projections fused, and with our own kernels all the rest too.
 
 Query, key and value read the same input; so do gate and up. One matrix of their rows one below the other is one call
-instead of three, or two, and one longer stretch of memory to read. Where our own kernels multiply, all blocks are one
-call (``kernels/blocks.cpp``): a step of one token is otherwise busy calling for a tenth of its time.
+instead of three, or two, and one longer stretch of memory to read; a checkpoint that is used as it is keeps them apart.
+Where our own kernels multiply, all blocks are one call (``kernels/blocks.cpp``): a step of one token is otherwise busy
+calling for a tenth of its time.
 
 Legend: B slots · T new tokens · Hq/Hkv query and KV heads · D head_dim
 """
@@ -25,6 +26,7 @@ from axon_llm.layers.norm import RMSNorm
 from axon_llm.model import Blocks, Transformer
 
 NO_WINDOW = 1 << 40  # wider than any sequence
+STORED_PARTS = (3, 1, 2, 1)  # weights of a block's four products, as a checkpoint has them; kernels/blocks.h
 
 
 class FusedAttention(nn.Module):
@@ -97,7 +99,7 @@ class StripBlocks(Blocks):
     ``FusedFeedForward``). The one call takes no mask: what a token may see follows from its position.
 
     The call's arguments are gathered once, and again when all blocks are moved or converted together. A weight that is
-    exchanged by itself afterwards is not seen.
+    exchanged by itself afterwards is not seen, nor are biases of weights as they are stored that change where they are.
 
     Args:
         blocks: of such parts, all for our own kernels, as :meth:`where_they_suit` finds out.
@@ -119,10 +121,14 @@ class StripBlocks(Blocks):
             return None
         formats = {_parts(linear)[0].strip_kind for linear in linears}
         epsilons = {norm.eps for norm in blocks.modules() if isinstance(norm, RMSNorm)}
-        biased = any(_bias(linear) is not None for _, mlp in parts for linear in (mlp.gate_up_proj, mlp.down_proj))
+        after = [part for _, mlp in parts for linear in (mlp.gate_up_proj, mlp.down_proj) for part in _parts(linear)]
+        biased = any(part.bias is not None for part in after)
         whole = [part.out_features for linear in linears for part in _parts(linear)[:-1]]  # by whole strips
         gated = [_parts(mlp.down_proj)[0].in_features for _, mlp in parts]
-        if len(formats) > 1 or len(epsilons) > 1 or biased or any(size % LANES for size in (*whole, *gated)):
+        counts = {tuple(len(_parts(linear)) for linear in _linears(*each)) for each in parts}
+        expected = STORED_PARTS if PlainLinear.strip_kind in formats else (1, 1, 1, 1)
+        alike = len(formats) == len(epsilons) == 1 and counts == {expected}
+        if not alike or biased or any(size % LANES for size in (*whole, *gated)):
             return None
         return cls(blocks, blocks.windows)
 

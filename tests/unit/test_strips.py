@@ -18,6 +18,7 @@ from axon_llm.config import ModelConfig, RopeConfig
 from axon_llm.fast import accelerate, describe, native, ops
 from axon_llm.fast.attention import RopeAtOnce, attend_in_strips
 from axon_llm.fast.blocks import StripBlocks, StripHead, StripTransformer
+from axon_llm.fast.linear import PlainLinear
 from axon_llm.fast.plan import Plan, attention_kernel, choose
 from axon_llm.fast.quantise import dequantise_int4, dequantise_int8, quantise_int4, quantise_int8
 from axon_llm.fast.strips import (
@@ -517,13 +518,16 @@ def test_blocks_that_differ_in_more_than_weights_are_not_one_call() -> None:
     stored = Blocks(accelerate(random_model(CONFIG, torch.bfloat16), once=True).layers, CONFIG.layer_windows)
     assert StripBlocks.where_they_suit(stored) is not None
     stored[0].self_attn.qkv_proj.linears[0].out_features -= 8
-    for each in (other_norm, biased, other_format, half_a_strip, stored):
+    stacked = Blocks(accelerate(random_model(CONFIG, torch.bfloat16), once=True).layers, CONFIG.layer_windows)
+    stacked[0].mlp.gate_up_proj = PlainLinear(torch.zeros(2 * CONFIG.intermediate_size, CONFIG.hidden_size).bfloat16())
+    for each in (other_norm, biased, other_format, half_a_strip, stored, stacked):
         assert StripBlocks.where_they_suit(each) is None
 
 
 @kernels
-def test_blocks_that_were_copied_or_converted_compute_with_what_they_have_now() -> None:
-    model = accelerate(random_model(CONFIG, torch.bfloat16))
+@pytest.mark.parametrize("once", [False, True])
+def test_blocks_that_were_copied_or_converted_compute_with_what_they_have_now(once: bool) -> None:
+    model = accelerate(random_model(CONFIG, torch.bfloat16), once=once)
     expected = prefill_and_decode(model, torch.bfloat16)
     twin = copy.deepcopy(model)
     for parameter in model.parameters():
@@ -559,7 +563,7 @@ def test_weights_of_another_size_or_type_are_refused(place: int, wrong: object, 
 
 
 @kernels
-@pytest.mark.parametrize("wrong", ["type", "inputs", "outputs", "half a strip"])
+@pytest.mark.parametrize("wrong", ["type", "inputs", "outputs", "half a strip", "gate"])
 def test_weights_as_stored_of_another_size_or_type_are_refused(wrong: str) -> None:
     model = accelerate(random_model(QWEN, torch.bfloat16), plan=plan_of("stored"))
     given = list(model.layers.given)
@@ -570,19 +574,25 @@ def test_weights_as_stored_of_another_size_or_type_are_refused(wrong: str) -> No
         "inputs": query[:, 1:].contiguous(),
         "outputs": query[16:],
         "half a strip": query[8:],
+        "gate": query,
     }[wrong]
+    if wrong == "gate":  # as many rows in all
+        gate, up = weights[4:6]
+        weights[4:6] = torch.cat((gate, up[:16])), up[16:].contiguous()
     given[5] = weights
     model.layers.given = tuple(given)
     model._gather()
     cache = KVCache(QWEN, slots=1, max_seq_len=8, dtype=torch.bfloat16)
     for forward in (StripTransformer.forward, Transformer.forward):
-        with pytest.raises(RuntimeError, match=r"bfloat16 rows as long as|a row for each channel"):
+        with pytest.raises(
+            RuntimeError, match=r"bfloat16 rows as long as|a row for each channel|as many rows of a gate"
+        ):
             forward(model, torch.tensor([[1]]), torch.tensor([[0]]), cache)
 
 
 @pytest.mark.parametrize("kind", [*FORMATS, "stored"])
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize(("slots", "tokens"), [(1, 1), (3, 1), (2, 5), (1, 70)])
+@pytest.mark.parametrize(("slots", "tokens"), [(1, 1), (2, 1), (3, 1), (2, 5), (1, 70)])
 def test_a_step_in_one_call_gives_what_its_parts_do(
     kind: str, tied: bool, slots: int, tokens: int, way: ops.Products
 ) -> None:

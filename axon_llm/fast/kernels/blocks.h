@@ -82,21 +82,21 @@ struct Weights {
   const int64_t kind, products;
 
   size_t layers() const { return norms.size() / NORMS; }
-  size_t each() const { return kind == STORED ? PARTS[PRODUCTS] : PRODUCTS; }  // of `strips`, for a layer
+  size_t tensors() const { return kind == STORED ? PARTS[PRODUCTS] : PRODUCTS; }  // of `strips`, for a layer
 
   // One of a layer's products, with N channels.
   Weight product(size_t layer, size_t which, int64_t N) const {
     const size_t first = kind == STORED ? PARTS[which] : which;
     const size_t parts = kind == STORED ? PARTS[which + 1] - first : 1;
     const Tensor* scale = scales.empty() ? nullptr : &scales[layer * PRODUCTS + which];
-    return weight_of(&strips[layer * each() + first], parts, scale, kind, N);
+    return weight_of(&strips[layer * tensors() + first], parts, scale, kind, N);
   }
 
   // As many of all as there are layers, and what has no shape of its own as long as heads of D and rows of H want it.
   void check(int64_t heads, int64_t D, int64_t H) const {
     const size_t L = layers();
     const auto fits = [&](const Tensors& many, size_t each) { return many.empty() || many.size() == L * each; };
-    STD_TORCH_CHECK(norms.size() == L * NORMS && strips.size() == L * each() && fits(scales, PRODUCTS) &&
+    STD_TORCH_CHECK(norms.size() == L * NORMS && strips.size() == L * tensors() && fits(scales, PRODUCTS) &&
                         fits(qkv_biases, 1) && fits(out_biases, 1) && fits(head_norms, 2),
                     "as many weights of every sort as there are layers are wanted");
     const auto long_as = [](const Tensors& many, int64_t count) {

@@ -185,12 +185,14 @@ void multiply_bf16(const uint16_t* x, const Weights& weights, const Y& y, int64_
   multiply<WidePairs>(x, weights, nullptr, y, R, K);
 }
 
-// The sum of the products of two rows of bfloat16, in four parts: none waits for another.
-inline float dot(const uint16_t* a, const uint16_t* b, int64_t K, bool wide) {
+// The sum of the products of two rows of bfloat16, in four parts: none waits for another. `first`: nobody has read b
+// before; the processor is told what comes next with AVX2, elsewhere that has not been timed.
+inline float dot(const uint16_t* a, const uint16_t* b, int64_t K, bool wide, [[maybe_unused]] bool first) {
   Floats parts[4];
   for (auto& part : parts) part = all(0.0f);
   for (int64_t k = 0; k < K; k += 128) {
-    if constexpr (ALONE_AHEAD > 0) fetch<ALONE_INTO>(reinterpret_cast<const uint8_t*>(b + k) + ALONE_AHEAD, 256);
+    if constexpr (!HELD)
+      if (first) fetch<ALONE_INTO>(reinterpret_cast<const uint8_t*>(b + k) + ALONE_AHEAD, 256);
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++) {
       const int64_t from = k + 32 * i;
@@ -220,7 +222,7 @@ void multiply_in_place(const uint16_t* x, const Weights& weights, const Y& y, in
         for (int64_t s = 0; s < together; s++) {
           const Stored::Part here = weights.rows(strip + s);
           for (int64_t n = 0; n < here.N; n++)
-            for (int64_t r = 0; r < R; r++) sums[s][r][n] = dot(x + r * K, here.weight + n * K, K, wide);
+            for (int64_t r = 0; r < R; r++) sums[s][r][n] = dot(x + r * K, here.weight + n * K, K, wide, r == 0);
         }
         y.take(strip, together, 0, R, [&](int64_t s, int64_t r) { return floats_at(sums[s][r]); });
       }
@@ -231,7 +233,9 @@ template <class X, class Y>
 void multiply_weight(const X* x, const Weight& weight, const Y& y, int64_t R, int64_t K, int64_t products) {
   if constexpr (sizeof(X) == 2) {
     if (weight.kind == STORED) {
-      const auto weights = ordered(y, stored(weight, y.N, K));
+      const Stored rows = stored(weight, y.N, K);
+      STD_TORCH_CHECK(!Y::BY_TURNS || rows.parts[0].N * 2 == y.N, "as many rows of a gate as of what goes through it");
+      const auto weights = ordered(y, rows);
       if (R <= STORED_ROWS) return multiply_in_place(x, weights, y, R, K, products == WIDE);
       return multiply_bf16(x, weights, y, R, K, products);
     }
@@ -245,6 +249,7 @@ void multiply_weight(const X* x, const Weight& weight, const Y& y, int64_t R, in
 #endif
     return multiply<Int8>(x, strips, weight.scales, y, R, K);
   }
+  STD_TORCH_CHECK(weight.kind == INT4, "these weights take bfloat16 activations");
   const auto strips = laid<Int4>(*weight.strips, y.N, K);
 #ifdef AXON_TILES
   if (products == TILES && tiles_allowed() && R >= WIDENED_ROWS)

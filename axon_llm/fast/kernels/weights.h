@@ -15,7 +15,7 @@ namespace {
 enum Kind : int64_t { BF16, INT8, INT4, STORED };
 
 struct Weight {
-  const Tensor* strips;  // one, or as many as lie one below the other in a checkpoint
+  const Tensor* strips;  // one; or rows, as many as a checkpoint has for what is one product here
   size_t parts;
   const float* scales;  // int8: [N]
   Kind kind;
@@ -47,8 +47,8 @@ struct Laid {
   }
 };
 
-// From bfloat16 weights [N, K] as they lie in a checkpoint, up to three, one below the other: sixteen rows are laid in
-// a strip. All but the last have whole strips.
+// From bfloat16 weights [N, K] as they lie in a checkpoint, as if one were below the other: sixteen rows are laid in a
+// strip. All but the last have whole strips.
 struct Stored {
   static constexpr int64_t MADE = Pairs::BYTES;
   struct Part {
@@ -149,17 +149,17 @@ Laid<Format> laid(const Tensor& strips, int64_t N, int64_t K) {
 
 // A checkpoint's weights of N channels, which are looked at.
 inline Stored stored(const Weight& weight, int64_t N, int64_t K) {
-  Stored all{{}, K};
+  Stored found{{}, K};
   for (size_t i = 0; i < weight.parts; i++) {
     const Tensor& part = weight.strips[i];
     STD_TORCH_CHECK(part.scalar_type() == BFLOAT16 && part.dim() == 2 && part.size(1) == K && part.is_contiguous() &&
                         (i + 1 == weight.parts || part.size(0) % LANES == 0),
-                    "bfloat16 rows as long as those of the activations are wanted, and whole strips of them");
-    all.parts.push_back({static_cast<const uint16_t*>(part.const_data_ptr()), part.size(0)});
+                    "bfloat16 rows as long as those of the activations are wanted, in whole strips but for the last");
+    found.parts.push_back({static_cast<const uint16_t*>(part.const_data_ptr()), part.size(0)});
     N -= part.size(0);
   }
   STD_TORCH_CHECK(N == 0, "a row for each channel is wanted");
-  return all;
+  return found;
 }
 
 // Weights in the order that their results are wanted in.
