@@ -140,17 +140,17 @@ class StripBlocks(Blocks):
         norms = [norm for block in blocks for norm in (block.input_layernorm, block.post_attention_layernorm)]
         head_norms = [norm for part in attention for norm in (part.q_norm, part.k_norm) if isinstance(norm, RMSNorm)]
         products = [part for linear in linears for part in _parts(linear)]
-        biases = [(_bias(part.qkv_proj), _bias(part.o_proj)) for part in attention]
+        qkv_biases = [_bias(part.qkv_proj) for part in attention]
         self.given = (
             [NO_WINDOW if window is None else window for window in self.windows],
             attention[0].num_heads,
-            _parts(blocks[0].mlp.down_proj)[0].in_features,
+            blocks[0].mlp.down_proj.in_features,
             norms[0].eps,
             [norm.weight for norm in norms],
             [_strips(product) for product in products],
             [product.scale for product in products if product.scale is not None],
-            [qkv for qkv, _ in biases if qkv is not None],
-            [out for _, out in biases if out is not None],
+            [bias for bias in qkv_biases if bias is not None],
+            [part.o_proj.bias for part in attention if part.o_proj.bias is not None],
             [norm.weight for norm in head_norms],
             products[0].strip_kind,
             products[0].products,

@@ -75,7 +75,7 @@ Tensor logits(const Tensor& x, const Tensor& norm, double eps, const Tensor& str
   check_numbers(norm, K);
   norm_rows(values<uint16_t>(rows), values<uint16_t>(norm), static_cast<float>(eps), normed, R, K);
   Tensor y = blank(shape, aoti_torch_dtype_float32());
-  const Weight weight = weight_of(&strips, 1, scale.has_value() ? &*scale : nullptr, kind, N);
+  const Weight weight = weight_of(strips, scale.has_value() ? &*scale : nullptr, kind, N);
   multiply_weight(normed.get(), weight, into(static_cast<float*>(y.mutable_data_ptr()), N), R, K, products);
   return y;
 }

@@ -30,19 +30,19 @@ Tensor product(const Tensor& x, int64_t N, bool float32, const Work& work) {
 
 Tensor bf16(const Tensor& x, const Tensor& strips, int64_t N, int64_t products) {
   return product(x, N, false, [&](const auto* in, auto* out, int64_t R, int64_t K) {
-    multiply_weight(in, weight_of(&strips, 1, nullptr, BF16, N), into(out, N), R, K, products);
+    multiply_weight(in, weight_of(strips, nullptr, BF16, N), into(out, N), R, K, products);
   });
 }
 
 Tensor int8(const Tensor& x, const Tensor& strips, const Tensor& scale, int64_t N, int64_t products) {
   return product(x, N, true, [&](const auto* in, auto* out, int64_t R, int64_t K) {
-    multiply_weight(in, weight_of(&strips, 1, &scale, INT8, N), into(out, N), R, K, products);
+    multiply_weight(in, weight_of(strips, &scale, INT8, N), into(out, N), R, K, products);
   });
 }
 
 Tensor int4(const Tensor& x, const Tensor& strips, int64_t N, int64_t products) {
   return product(x, N, true, [&](const auto* in, auto* out, int64_t R, int64_t K) {
-    multiply_weight(in, weight_of(&strips, 1, nullptr, INT4, N), into(out, N), R, K, products);
+    multiply_weight(in, weight_of(strips, nullptr, INT4, N), into(out, N), R, K, products);
   });
 }
 
@@ -50,7 +50,7 @@ Tensor int4(const Tensor& x, const Tensor& strips, int64_t N, int64_t products) 
 Tensor bf16_stored(const Tensor& x, const Tensor& weight, int64_t products) {
   const int64_t N = weight.size(0);
   return product(x, N, false, [&](const auto* in, auto* out, int64_t R, int64_t K) {
-    multiply_weight(in, weight_of(&weight, 1, nullptr, STORED, N), into(out, N), R, K, products);
+    multiply_weight(in, weight_of(weight, nullptr, STORED, N), into(out, N), R, K, products);
   });
 }
 

@@ -53,8 +53,7 @@ constexpr int64_t GROUP = 32;     // input channels that share a scale in int4
 // without into the first level; on Zen 5 eight rows are 1.1 times as fast into the first level as into the second; on
 // Intel with AMX one row of int4 is 1.3 times as fast. With AVX2 one row of int4 is 1.1 times as fast on Zen 3, but
 // only near: 1,600 bytes ahead one of int8 or bfloat16 is slower than without. Others with AVX2 do the same, and have
-// not been timed. Only the instruction for intersections tells a Zen 5 from a
-// Zen 4: it is not used.
+// not been timed. Only the instruction for intersections tells a Zen 5 from a Zen 4: it is not used.
 #if defined(AXON_TILES)
 constexpr int64_t AHEAD = 3072, AHEAD_ROWS = 1, ALONE_AHEAD = 3072;
 constexpr auto AHEAD_INTO = _MM_HINT_T1, ALONE_INTO = _MM_HINT_T1;

@@ -31,6 +31,10 @@ inline Weight weight_of(const Tensor* strips, size_t parts, const Tensor* scale,
                   "float32 scales for whole strips of ", N, " channels are wanted");
   return {strips, parts, static_cast<const float*>(scale->const_data_ptr()), static_cast<Kind>(kind)};
 }
+// … of one tensor.
+inline Weight weight_of(const Tensor& strips, const Tensor* scale, int64_t kind, int64_t N) {
+  return weight_of(&strips, 1, scale, kind, N);
+}
 
 // Where blocks come from: `blocks` gives `count` blocks of a strip, from the `first` on. They are where they are, or
 // made in `room`, which has MADE bytes for each.
