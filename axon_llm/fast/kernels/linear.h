@@ -29,23 +29,27 @@ inline int64_t least(int64_t count, int64_t bytes) {
 }
 
 // sums of `rows` rows += those from place `at` on, times blocks one after the other.
+template <class Format, bool TOLD>
+inline void add_to_several(const uint8_t* p, int64_t blocks, const Activations& a, int64_t at, int64_t rows,
+                           typename Format::Sum* sums) {
+  for (int64_t b = 0; b < blocks; b++, p += Format::BYTES, at += a.rows) {
+    typename Format::Block block(p, TOLD);  // if it were const GCC would keep it in memory
+    multiply_rows<Format>(block, a, at, rows, sums);
+  }
+}
 template <class Format>
 inline void add_blocks(const uint8_t* p, int64_t blocks, const Activations& a, int64_t at, int64_t rows,
                        typename Format::Sum* sums) {
-  const int64_t step = a.rows;
-  if (rows == 1) {  // in a loop of its own, where the sum and what is multiplied stay in registers
-    typename Format::Sum sum = sums[0];
-    for (int64_t b = 0; b < blocks; b++, p += Format::BYTES, at += step) {
-      if constexpr (ALONE_AHEAD > 0) fetch<ALONE_INTO>(p + ALONE_AHEAD, Format::BYTES);
-      Format::template multiply<1>(typename Format::Alone(p), a, at, &sum);
-    }
-    sums[0] = sum;
-  } else
-    for (int64_t b = 0; b < blocks; b++, p += Format::BYTES, at += step) {
-      const typename Format::Block block(p);
-      if (rows >= AHEAD_ROWS) fetch<AHEAD_INTO>(p + AHEAD, Format::BYTES);
-      multiply_rows<Format>(block, a, at, rows, sums);
-    }
+  if (rows > 1) {
+    if (AHEAD_ROWS <= 2 || rows >= AHEAD_ROWS) return add_to_several<Format, true>(p, blocks, a, at, rows, sums);
+    return add_to_several<Format, false>(p, blocks, a, at, rows, sums);
+  }
+  typename Format::Sum sum = sums[0];  // which stays in a register, with what is multiplied
+  for (int64_t b = 0; b < blocks; b++, p += Format::BYTES, at += a.rows) {
+    if constexpr (ALONE_AHEAD > 0) fetch<ALONE_INTO>(p + ALONE_AHEAD, Format::BYTES);
+    Format::template multiply<1>(typename Format::Alone(p), a, at, &sum);
+  }
+  sums[0] = sum;
 }
 
 // One row's sums of two strips += it times their blocks, read from both side by side.
