@@ -33,7 +33,7 @@ template <class Format, bool TOLD>
 inline void add_to_several(const uint8_t* p, int64_t blocks, const Activations& a, int64_t at, int64_t rows,
                            typename Format::Sum* sums) {
   for (int64_t b = 0; b < blocks; b++, p += Format::BYTES, at += a.rows) {
-    typename Format::Block block(p, TOLD);  // if it were const GCC would keep it in memory
+    typename Format::Block block(p, TOLD);  // not const, or GCC stores it, too
     multiply_rows<Format>(block, a, at, rows, sums);
   }
 }
