@@ -130,6 +130,14 @@ def test_sizes_that_fill_no_block_are_multiplied_right(k: int) -> None:
         assert relative(linear(x), x.float() @ weight.T) < CLOSE[kind]
 
 
+@pytest.mark.parametrize("kind", FORMATS)
+def test_no_rows_have_no_results(kind: str, way: ops.Products) -> None:
+    linear, weight = linear_and_weight(kind, 48, 128)
+    none = torch.empty(2, 0, 128, dtype=torch.bfloat16)
+    assert linear(none).shape == (2, 0, 48)
+    assert torch.ops.axon.bf16_stored(none, weight.bfloat16(), way).shape == (2, 0, 48)
+
+
 @pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("rows", [3, 70])
 @pytest.mark.parametrize("kind", ["int8", "int4"])

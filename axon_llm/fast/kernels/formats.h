@@ -22,8 +22,9 @@ constexpr int TURNS = HELD || ROWS <= 2 ? 2 : 1;
 constexpr int WORDS_AT_ONCE = HELD ? 16 : 2;
 
 // A block's sixteen words, as they are multiplied, from where it begins: all of them loaded, or each when it is wanted.
-// `told`: the processor is told of a block that comes later. Loads go from front to back, each with its share of that
-// in between: where memory is slow, Zen 5 reads a third less if sixteen loads come first, or in another order.
+// `told`: the processor is told of the block AHEAD, too. Words are then loaded two by two, from front to back, and it
+// is told of as many lines after each two: where memory is slow, Zen 5 reads up to a quarter less if all are loaded
+// first, or in another order.
 template <class Format>
 class Loaded {
  public:
@@ -31,15 +32,16 @@ class Loaded {
 #pragma GCC unroll 8
     for (int i = 0; i < 16; i += 2) {
       words_[i] = Format::word(p, i), words_[i + 1] = Format::word(p, i + 1);
-      if (!told) continue;
+      if (!HELD || !told) continue;
       const int from = i * LINES / 16, to = (i + 2) * LINES / 16;
       fetch<AHEAD_INTO>(p + AHEAD + 64 * from, 64 * (to - from));
       asm volatile("" : "+r"(p));  // what is loaded next is not loaded before
     }
+    if (!HELD && told) fetch<AHEAD_INTO>(p + AHEAD, Format::BYTES);
   }
   const auto& word(int, int i) const { return words_[i]; }
   const uint8_t* from(int) const { return begin_; }
-  Loaded again() const { return *this; }  // by value: for a reference GCC stores all words, though it never reads them
+  Loaded again() const { return *this; }  // by value: for a reference GCC stores all words, though nobody reads them
 
  private:
   static constexpr int LINES = Format::BYTES / 64;
@@ -164,7 +166,9 @@ struct WidePairs : Pairs {
     for (int i = 0; i < 16; i++)
 #pragma GCC unroll 2
       for (int s = 0; s < STRIPS; s++) {
-        const Words both = now(block.word(s, i));  // widened each time, or registers do not suffice
+        // Most are widened where they are wanted: of a block in registers GCC would widen all before the rows, for
+        // which there are not enough.
+        const Words both = HELD ? now(block.word(s, i)) : block.word(s, i);
         const Floats one = low_half(both), two = high_half(both);
 #pragma GCC unroll 4
         for (int r = 0; r < ROWS; r++) {

@@ -28,21 +28,25 @@ inline int64_t least(int64_t count, int64_t bytes) {
   return bytes < SMALL ? pieces_of(count, torch::stable::get_num_threads()) : pieces_of(LEAST * count, bytes);
 }
 
-// sums of `rows` rows += those from place `at` on, times blocks one after the other.
-template <class Format, bool TOLD>
-inline void add_to_several(const uint8_t* p, int64_t blocks, const Activations& a, int64_t at, int64_t rows,
+// sums of several rows += those from place `at` on, times blocks one after the other. `told`, a constant where that is
+// faster: the processor is told of the blocks AHEAD.
+template <class Format>
+inline void add_to_several(auto told, const uint8_t* p, int64_t blocks, const Activations& a, int64_t at, int64_t rows,
                            typename Format::Sum* sums) {
   for (int64_t b = 0; b < blocks; b++, p += Format::BYTES, at += a.rows) {
-    typename Format::Block block(p, TOLD);  // not const, or GCC stores it, too
+    typename Format::Block block(p, told);  // not const: GCC would store it, though nobody reads it
     multiply_rows<Format>(block, a, at, rows, sums);
   }
 }
+// The same for any number of rows from one on.
 template <class Format>
 inline void add_blocks(const uint8_t* p, int64_t blocks, const Activations& a, int64_t at, int64_t rows,
                        typename Format::Sum* sums) {
   if (rows > 1) {
-    if (AHEAD_ROWS <= 2 || rows >= AHEAD_ROWS) return add_to_several<Format, true>(p, blocks, a, at, rows, sums);
-    return add_to_several<Format, false>(p, blocks, a, at, rows, sums);
+    const bool told = rows >= AHEAD_ROWS;
+    if constexpr (!HELD) return add_to_several<Format>(told, p, blocks, a, at, rows, sums);
+    if (told) return add_to_several<Format>(std::true_type(), p, blocks, a, at, rows, sums);
+    return add_to_several<Format>(std::false_type(), p, blocks, a, at, rows, sums);
   }
   typename Format::Sum sum = sums[0];  // which stays in a register, with what is multiplied
   for (int64_t b = 0; b < blocks; b++, p += Format::BYTES, at += a.rows) {
@@ -235,6 +239,7 @@ void multiply_in_place(const uint16_t* x, const Weights& weights, const Y& y, in
 
 template <class X, class Y>
 void multiply_weight(const X* x, const Weight& weight, const Y& y, int64_t R, int64_t K, int64_t products) {
+  if (R == 0) return;
   if constexpr (sizeof(X) == 2) {
     if (weight.kind == STORED) {
       const Stored rows = stored(weight, y.N, K);
