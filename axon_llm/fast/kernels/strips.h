@@ -51,9 +51,9 @@ constexpr int64_t GROUP = 32;     // input channels that share a scale in int4
 // Bytes ahead of a block that the processor is told to fetch, and into which cache: with AHEAD_ROWS rows and more, and
 // with one. Measured: on Zen 4 one row is slower with it, and 16 rows are 1.4 times as fast with it, but slower than
 // without into the first level; on Zen 5 what comes next goes past the second level, and one row is slower with it; on
-// Intel with AMX one row of int4 is 1.3 times as fast. With AVX2 one row of int4 is 1.1 times as fast on
-// Zen 3, but only near: 1,600 bytes ahead one of int8 or bfloat16 is slower than without. Others with AVX2 do the same,
-// and have not been timed. Only the instruction for intersections tells a Zen 5 from a Zen 4: it is not used.
+// Intel with AMX one row of int4 is 1.3 times as fast. With AVX2 one row of int4 is 1.1 times as fast on Zen 3, but
+// only near: 1,600 bytes ahead one of int8 or bfloat16 is slower than without. Others with AVX2 do the same, and have
+// not been timed. Only the instruction for intersections tells a Zen 5 from a Zen 4: it is not used.
 #if defined(AXON_TILES)
 constexpr int64_t AHEAD = 3072, AHEAD_ROWS = 1, ALONE_AHEAD = 3072;
 constexpr auto AHEAD_INTO = _MM_HINT_T1, ALONE_INTO = _MM_HINT_T1;
