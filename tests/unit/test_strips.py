@@ -6,6 +6,8 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -629,6 +631,66 @@ def test_a_step_of_unlike_norms_or_of_tokens_that_do_not_exist_is_refused() -> N
             model(torch.tensor([[token]]), torch.tensor([[0]]), cache)
     model.lm_head.norm.eps *= 2
     assert StripTransformer.where_it_suits(model) is None
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """Sets the number of threads until the test ends."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@kernels
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("tokens", [1, 70])
+def test_a_step_is_the_same_whatever_the_number_of_threads(
+    kind: str, tokens: int, threads: Callable[[int], None]
+) -> None:
+    model = accelerate(random_model(CONFIG, torch.bfloat16), plan=plan_of(kind))
+    ids, positions = torch.randint(0, CONFIG.vocab_size, (1, tokens)), torch.arange(tokens)[None]
+    scores = []
+    for count in (1, 2, 3, 16):
+        threads(count)
+        scores.append(model(ids, positions, KVCache(CONFIG, slots=1, max_seq_len=80, dtype=torch.bfloat16)))
+    assert all(torch.equal(scores[0], others) for others in scores[1:])
+
+
+@kernels
+def test_a_failure_on_any_thread_is_raised_and_the_next_step_is_right(threads: Callable[[int], None]) -> None:
+    config = replace(CONFIG, tie_word_embeddings=True)  # whose embeddings threads gather together
+    model = accelerate(random_model(config, torch.bfloat16))
+    positions = torch.arange(64)[None]
+    right = torch.randint(0, config.vocab_size, (1, 64))
+
+    def scores(ids: torch.Tensor) -> torch.Tensor:
+        return model(ids, positions, KVCache(config, slots=1, max_seq_len=64, dtype=torch.bfloat16))
+
+    expected = scores(right)
+    threads(3)
+    for at in (0, 31, 63):
+        wrong = right.clone()
+        wrong[0, at] = -7
+        with pytest.raises(RuntimeError, match="no row -7"):
+            scores(wrong)
+        assert torch.equal(scores(right), expected)
+
+
+@kernels
+def test_steps_of_several_callers_at_once_do_not_disturb_each_other(threads: Callable[[int], None]) -> None:
+    threads(3)
+    model = accelerate(random_model(CONFIG, torch.bfloat16))
+    ids = torch.arange(4)[:, None] + torch.arange(9)
+
+    def scores(row: int) -> torch.Tensor:
+        cache = KVCache(CONFIG, slots=1, max_seq_len=16, dtype=torch.bfloat16)
+        return model(ids[row : row + 1], torch.arange(9)[None], cache)
+
+    expected = [scores(row) for row in range(4)]
+    with ThreadPoolExecutor(4) as callers:
+        for _ in range(20):
+            found = callers.map(scores, range(4))
+            assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
 @kernels

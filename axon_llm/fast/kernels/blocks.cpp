@@ -57,9 +57,11 @@ Tensor blocks(const Tensor& x, const Tensor& positions, const Tensor& cos, const
   const Stream stream(weights, shape, H, intermediate, at, values<uint16_t>(cosines), values<uint16_t>(sines));
   Tensor y = blank({B, T, H}, x);
   auto* to = static_cast<uint16_t*>(y.mutable_data_ptr());
-  for (size_t layer = 0; layer < weights.layers(); layer++)
-    stream.block(layer, layer == 0 ? values<uint16_t>(rows) : to, layer_of(k_cache, layer), layer_of(v_cache, layer),
-                 windows[layer], to);
+  Team::lead([&] {
+    for (size_t layer = 0; layer < weights.layers(); layer++)
+      stream.block(layer, layer == 0 ? values<uint16_t>(rows) : to, layer_of(k_cache, layer), layer_of(v_cache, layer),
+                   windows[layer], to);
+  });
   return y;
 }
 
@@ -73,10 +75,12 @@ Tensor logits(const Tensor& x, const Tensor& norm, double eps, const Tensor& str
   const Tensor rows = in_order(x);
   const Numbers normed(R * K);
   check_numbers(norm, K);
-  norm_rows(values<uint16_t>(rows), values<uint16_t>(norm), static_cast<float>(eps), normed, R, K);
   Tensor y = blank(shape, aoti_torch_dtype_float32());
   const Weight weight = weight_of(strips, scale.has_value() ? &*scale : nullptr, kind, N);
-  multiply_weight(normed.get(), weight, into(static_cast<float*>(y.mutable_data_ptr()), N), R, K, products);
+  Team::lead([&] {
+    norm_rows(values<uint16_t>(rows), values<uint16_t>(norm), static_cast<float>(eps), normed, R, K);
+    multiply_weight(normed.get(), weight, into(static_cast<float*>(y.mutable_data_ptr()), N), R, K, products);
+  });
   return y;
 }
 
@@ -93,10 +97,14 @@ Tensor step(const Tensor& tokens, const Tensor& positions, const Tensor& table, 
   STD_TORCH_CHECK(positions.numel() == tokens.numel(), "positions [B, T] are wanted");
   put_angles(positions, frequencies, angle_scale, static_cast<uint16_t*>(cos.mutable_data_ptr()),
              static_cast<uint16_t*>(sin.mutable_data_ptr()));
-  const Tensor y = blocks(looked_up(table, tokens, hidden), positions, cos, sin, k_cache, v_cache, std::move(windows),
-                          heads, intermediate, eps, std::move(norms), std::move(strips), std::move(scales),
-                          std::move(qkv_biases), std::move(out_biases), std::move(head_norms), kind, products);
-  return logits(y, last_norm, eps, last, last_scale, N, last_kind, products);
+  Tensor scores;
+  Team::lead([&] {
+    const Tensor y = blocks(looked_up(table, tokens, hidden), positions, cos, sin, k_cache, v_cache, std::move(windows),
+                            heads, intermediate, eps, std::move(norms), std::move(strips), std::move(scales),
+                            std::move(qkv_biases), std::move(out_biases), std::move(head_norms), kind, products);
+    scores = logits(y, last_norm, eps, last, last_scale, N, last_kind, products);
+  });
+  return scores;
 }
 
 }  // namespace

@@ -62,7 +62,7 @@ inline void check_numbers(const Tensor& x, int64_t count) {
 
 // Of rows [R, K].
 inline void norm_rows(const uint16_t* x, const uint16_t* weight, float eps, const Numbers& y, int64_t R, int64_t K) {
-  torch::stable::parallel_for(0, R, ROWS_AT_ONCE, [&](int64_t begin, int64_t end) {
+  share_out(R, ROWS_AT_ONCE, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; r++) norm_row(x + r * K, weight, eps, y.get() + r * K, K);
   });
 }
@@ -169,7 +169,7 @@ class Stream {
   void turn(size_t layer) const {
     const uint16_t* norms[2] = {values<uint16_t>(w.head_norms, 2 * layer),
                                 values<uint16_t>(w.head_norms, 2 * layer + 1)};
-    torch::stable::parallel_for(0, R, ROWS_AT_ONCE, [&](int64_t begin, int64_t end) {
+    share_out(R, ROWS_AT_ONCE, [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; r++)
         for (int64_t h = 0; h < z.Hq + z.Hkv; h++) {
           uint16_t* head = heads_.get() + (r * heads + h) * z.D;

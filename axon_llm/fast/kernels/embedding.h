@@ -15,7 +15,7 @@ inline void gather_words(const Tensor& strips, const Tensor& channels, int64_t w
   const Tensor numbers = in_order(channels);
   const auto* from = static_cast<const int32_t*>(strips.const_data_ptr());
   const auto* channel = static_cast<const int64_t*>(numbers.const_data_ptr());
-  torch::stable::parallel_for(0, channels.numel(), 8, [&](int64_t begin, int64_t end) {
+  share_out(channels.numel(), 8, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) {
       STD_TORCH_CHECK(channel[i] >= 0 && channel[i] < strips.size(0) * LANES, "there is no row ", channel[i]);
       const int32_t* lane = from + channel[i] / LANES * words * LANES + channel[i] % LANES;

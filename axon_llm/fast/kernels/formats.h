@@ -70,20 +70,26 @@ class InPlace {
 };
 
 // The blocks of two strips, each word when it is wanted: an activation that was read is multiplied twice, and reading
-// activations is what bounds many rows.
-template <class Format>
+// activations is what bounds many rows. TOLD: the processor is told of the blocks ALONE_AHEAD, line by line as words
+// are read. If it is told of all twenty lines of int4 in a row, what is loaded next waits until memory has taken them.
+template <class Format, bool TOLD = false>
 class Beside {
  public:
   Beside(const uint8_t* one, const uint8_t* other) : begin_{one, other} {}
   auto word(int s, int i) const {
-    if constexpr (HELD)
-      return now(Format::word(begin_[s], i));  // or GCC reads some words once for each row
-    else
+    if constexpr (HELD) {
+      const auto word = now(Format::word(begin_[s], i));  // or GCC reads some words once for each row
+      const int from = i * LINES / 16, to = (i + 1) * LINES / 16;
+      if constexpr (TOLD) fetch_now(begin_[s] + ALONE_AHEAD + 64 * from, 64 * (to - from));
+      return word;
+    } else {
       return Format::word(begin_[s], i);
+    }
   }
   const uint8_t* from(int s) const { return begin_[s]; }
 
  private:
+  static constexpr int LINES = Format::BYTES / 64;
   const uint8_t* const begin_[2];
 };
 
@@ -102,7 +108,7 @@ struct Pairs {
       return;
     }
     int32_t* words = a.allocate(blocks * a.rows * WORDS);
-    torch::stable::parallel_for(0, R, 16, [&](int64_t begin, int64_t end) {
+    share_out(R, 16, [&](int64_t begin, int64_t end) {
       for (int64_t b = 0; b < blocks; b++) {
         const int64_t left = K - b * INPUTS;
         for (int64_t r = begin; r < end; r++)
@@ -145,7 +151,7 @@ struct WidePairs : Pairs {
 
   static void prepare(const uint16_t* x, int64_t R, int64_t K, int64_t blocks, Activations& a) {
     float* words = reinterpret_cast<float*>(a.allocate(blocks * a.rows * WORDS));
-    torch::stable::parallel_for(0, R, 16, [&](int64_t begin, int64_t end) {
+    share_out(R, 16, [&](int64_t begin, int64_t end) {
       for (int64_t b = 0; b < blocks; b++)
         for (int64_t r = begin; r < end; r++)
           for (int64_t k = 0; k < INPUTS; k += 16) {
@@ -205,7 +211,7 @@ struct Int8 {
   static void prepare(const X* x, int64_t R, int64_t K, int64_t blocks, Activations& a) {
     int32_t* words = a.allocate(blocks * a.rows * WORDS);
     a.scale.resize(R), a.start.resize(R);
-    torch::stable::parallel_for(0, R, 8, [&](int64_t begin, int64_t end) {
+    share_out(R, 8, [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; r++) {
         const X* row = x + r * K;
         Largest most;
@@ -275,7 +281,7 @@ struct Int4 {
     int32_t* words = a.allocate(blocks * a.rows * WORDS);
     const int64_t groups = 2 * blocks * a.rows;
     a.scale.resize(groups), a.sum.resize(groups), a.start.resize(groups);
-    torch::stable::parallel_for(0, R, 8, [&](int64_t begin, int64_t end) {
+    share_out(R, 8, [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; r++)
         for (int64_t k = 0; k < blocks * INPUTS; k += GROUP) {
           const Floats one = load(x + r * K + k, K - k), two = load(x + r * K + k + 16, K - k - 16);

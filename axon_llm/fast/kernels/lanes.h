@@ -8,7 +8,7 @@
 //
 // The instructions are described in Intel's Intrinsics Guide.
 //
-// Read next: strips.h.
+// Read next: threads.h.
 
 #pragma once
 

@@ -19,7 +19,7 @@ Tensor rotate(const Tensor& x, const Tensor& cos, const Tensor& sin) {
   const Tensor cosines = in_order(cos), sines = in_order(sin);
   const auto* c = static_cast<const uint16_t*>(cosines.const_data_ptr());
   const auto* s = static_cast<const uint16_t*>(sines.const_data_ptr());
-  torch::stable::parallel_for(0, x.size(0) * T, 16, [&](int64_t begin, int64_t end) {
+  share_out(x.size(0) * T, 16, [&](int64_t begin, int64_t end) {
     for (int64_t token = begin; token < end; token++) {
       const uint16_t *cost = c + token * D, *sint = s + token * D;
       for (int64_t h = 0; h < H; h++) {

@@ -35,7 +35,7 @@ inline void put_angles(const Tensor& positions, const Tensor& frequencies, doubl
     store(to, all(static_cast<float>(value) * static_cast<float>(scale)), 1);
     to[half] = to[0];
   };
-  torch::stable::parallel_for(0, positions.numel(), 16, [&](int64_t begin, int64_t end) {
+  share_out(positions.numel(), 16, [&](int64_t begin, int64_t end) {
     for (int64_t token = begin; token < end; token++)
       for (int64_t i = 0; i < half; i++) {
         const double angle = static_cast<float>(at[token]) * frequency[i];

@@ -28,7 +28,6 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cstdlib>
 #include <memory>
 #include <new>
@@ -36,6 +35,7 @@
 #include <vector>
 
 #include "lanes.h"
+#include "threads.h"
 
 using torch::stable::Tensor;
 
@@ -96,40 +96,14 @@ struct Activations {
   }
 };
 
-// Parts 0 … count, which threads take in pieces as they get done: on a shared machine one may be held up, and with
-// fixed halves everybody would wait for it. A piece is three quarters of a fair share of the rest, so first ones
-// are large and last ones small; but not less than `least`, for it takes a while until memory delivers a new piece.
-class Pieces {
- public:
-  Pieces(int64_t count, int64_t least)
-      : count_(count), least_(std::max<int64_t>(least, 1)), threads_(torch::stable::get_num_threads()) {}
-
-  // The next piece; none is left if false.
-  bool take(int64_t& begin, int64_t& end) {
-    begin = next_.load(std::memory_order_relaxed);
-    do {
-      if (begin >= count_) return false;
-      end = std::min(count_, begin + std::max(least_, (count_ - begin) / threads_ * 3 / 4));
-    } while (!next_.compare_exchange_weak(begin, end, std::memory_order_relaxed));
-    return true;
-  }
-
- private:
-  std::atomic<int64_t> next_{0};
-  const int64_t count_, least_, threads_;
-};
-
-// Calls work(pieces) on all threads.
-template <class Work>
-void share(int64_t count, int64_t least, const Work& work) {
-  Pieces pieces(count, least);
-  torch::stable::parallel_for(0, torch::stable::get_num_threads(), 1, [&](int64_t, int64_t) { work(pieces); });
-}
-
 // The processor fetches some bytes into a cache in the meantime, the second-level one unless said.
 template <auto INTO = _MM_HINT_T1>
 [[gnu::always_inline]] inline void fetch(const uint8_t* from, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(from) + i, INTO);
+}
+// … into the second-level one, and here and now: compilers put `fetch` where they like.
+[[gnu::always_inline]] inline void fetch_now(const uint8_t* from, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) asm volatile("prefetcht1 %0" ::"m"(from[i]));
 }
 
 inline std::vector<int64_t> sizes(const Tensor& x) {
@@ -156,8 +130,6 @@ inline Tensor blank(const std::vector<int64_t>& sizes, const Tensor& like) {
 }
 
 inline Tensor in_order(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
-
-inline int64_t pieces_of(int64_t size, int64_t piece) { return (size + piece - 1) / piece; }
 
 // -factor * sum; of activations that are no numbers the sum is nonsense, and the product must not be undefined.
 inline int32_t less(uint32_t factor, int32_t sum) { return static_cast<int32_t>(-factor * static_cast<uint32_t>(sum)); }

@@ -82,7 +82,7 @@ struct TilePairs : Pairs {
   using Pairs::prepare;
   static void prepare(const float* x, int64_t R, int64_t K, int64_t blocks, Activations& a) {
     auto* words = reinterpret_cast<uint16_t*>(a.allocate(blocks * a.rows * WORDS));
-    torch::stable::parallel_for(0, R, 16, [&](int64_t begin, int64_t end) {
+    share_out(R, 16, [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; r++)
         for (int64_t k = 0; k < blocks * INPUTS; k += 16)
           store(words + (k / INPUTS * a.rows + r) * INPUTS + k % INPUTS, load(x + r * K + k, K - k), LANES);

@@ -1,0 +1,150 @@
+// PyTorch's threads, and how they share work: in pieces, that whoever is done takes next.
+//
+// Read next: strips.h.
+
+#pragma once
+
+#include <immintrin.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <exception>
+#include <thread>
+
+namespace {
+
+inline int64_t pieces_of(int64_t size, int64_t piece) { return (size + piece - 1) / piece; }
+
+// Parts 0 … count, which threads take in pieces as they get done: on a shared machine one may be held up, and with
+// fixed halves everybody would wait for it. A piece is three quarters of a fair share of the rest, so first ones
+// are large and last ones small; but not less than `least`, for it takes a while until memory delivers a new piece.
+class Pieces {
+ public:
+  Pieces(int64_t count, int64_t least)
+      : count_(count), least_(std::max<int64_t>(least, 1)), threads_(torch::stable::get_num_threads()) {}
+
+  // The next piece; none is left if false.
+  bool take(int64_t& begin, int64_t& end) {
+    begin = next_.load(std::memory_order_relaxed);
+    do {
+      if (begin >= count_) return false;
+      end = std::min(count_, begin + std::max(least_, (count_ - begin) / threads_ * 3 / 4));
+    } while (!next_.compare_exchange_weak(begin, end, std::memory_order_relaxed));
+    return true;
+  }
+
+ private:
+  std::atomic<int64_t> next_{0};
+  const int64_t count_, least_, threads_;
+};
+
+// Threads that stay at hand for a whole step. To set PyTorch's to work and to wait for them takes 5 to 10 µs, much of
+// it for fetching the code that does it: the weights that went through the caches have driven it out. A team's look at
+// one number meanwhile; it takes them 1 or 2.
+class Team {
+ public:
+  // work() on this thread; others are at hand for what `everybody` does meanwhile. Within it, it is just a call.
+  template <class Work>
+  static void lead(const Work& work) {
+    const int64_t threads = torch::stable::get_num_threads();
+    if (threads == 1 || at_hand_ != nullptr) return work();
+    Team team;
+    std::exception_ptr failure;  // through PyTorch it would lose its message
+    torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+      if (begin > 0) return team.serve();
+      team.others_ = pieces_of(threads, end) - 1;  // parts are as large as this one, and each has a thread
+      at_hand_ = &team;
+      try {
+        work();
+      } catch (...) {
+        failure = std::current_exception();
+      }
+      at_hand_ = nullptr;
+      team.task_.store(OVER, std::memory_order_release);
+    });
+    if (failure) std::rethrow_exception(failure);
+  }
+
+  // work() on every thread; the first failure is everybody's. What one of them shares within it is its own.
+  template <class Work>
+  static void everybody(const Work& work) {
+    if (at_work_)
+      work();
+    else if (at_hand_ == nullptr)
+      torch::stable::parallel_for(0, torch::stable::get_num_threads(), 1, [&](int64_t, int64_t) { work(); });
+    else
+      at_hand_->run([](const void* that) { (*static_cast<const Work*>(that))(); }, &work);
+  }
+
+ private:
+  static constexpr int64_t OVER = -1;
+  static inline thread_local Team* at_hand_ = nullptr;  // of the thread that leads
+  static inline thread_local bool at_work_ = false;     // of every thread of a team
+
+  alignas(64) std::atomic<int64_t> task_{0};  // how many there have been
+  void (*call_)(const void*) = nullptr;
+  const void* work_ = nullptr;
+  int64_t others_ = 0;
+  alignas(64) std::atomic<int64_t> done_{0};  // of the others, with the task
+  std::atomic<bool> failed_{false};
+  std::exception_ptr failure_;
+
+  void run(void (*call)(const void*), const void* work) {
+    call_ = call, work_ = work;
+    done_.store(0, std::memory_order_relaxed);
+    task_.fetch_add(1, std::memory_order_release);
+    attempt();
+    wait_until([&] { return done_.load(std::memory_order_acquire) == others_; });
+    if (failure_) std::rethrow_exception(failure_);
+  }
+
+  void serve() {
+    for (int64_t last = 0;; done_.fetch_add(1, std::memory_order_release)) {
+      wait_until([&] { return task_.load(std::memory_order_acquire) != last; });
+      last = task_.load(std::memory_order_acquire);
+      if (last == OVER) return;
+      attempt();
+    }
+  }
+
+  void attempt() {
+    at_work_ = true;
+    try {
+      call_(work_);
+    } catch (...) {
+      if (!failed_.exchange(true)) failure_ = std::current_exception();
+    }
+    at_work_ = false;
+  }
+
+  // For as long as a norm takes, and longer; then others may have the processor.
+  static void wait_until(const auto& come) {
+    constexpr int PATIENCE = 1000;
+    for (int i = 0; !come(); i++)
+      if (i < PATIENCE)
+        _mm_pause();
+      else
+        std::this_thread::yield();
+  }
+};
+
+// Calls work(pieces) on all threads.
+template <class Work>
+void share(int64_t count, int64_t least, const Work& work) {
+  Pieces pieces(count, least);
+  Team::everybody([&] { work(pieces); });
+}
+
+// Calls work(begin, end) on parts of 0 … count, on this thread alone if there are only `few`.
+template <class Work>
+void share_out(int64_t count, int64_t few, const Work& work) {
+  if (count == 0) return;
+  if (count <= few) return work(int64_t{0}, count);
+  share(pieces_of(count, few), 1, [&](Pieces& pieces) {
+    for (int64_t begin, end; pieces.take(begin, end);) work(begin * few, std::min(count, end * few));
+  });
+}
+
+}  // namespace
