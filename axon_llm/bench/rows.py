@@ -196,7 +196,7 @@ def _decode(runner: Runner, case: Case) -> None:
     for step in range(case.tokens):
         position = case.depth + step
         logits = runner.decode(tokens, [position] * case.batch, runner.buckets.lengths.at_least(position + 1))
-        tokens = logits.max(dim=-1).indices.tolist()  # the one read of a step, as in the engine
+        tokens = runner.likeliest(logits)[1].tolist()  # the one read of a step, as in the engine
 
 
 def _tokens(runner: Runner, count: int) -> list[int]:

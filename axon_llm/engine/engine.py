@@ -74,7 +74,7 @@ class Engine:
             compile=compile,
             checked=1 + speculate if speculate else 0,
         )
-        sampler = Sampler(slots, model.config.vocab_size, self.runner.device)
+        sampler = Sampler(slots, model.config.vocab_size, self.runner.device, self.runner.likeliest)
         scheduler = Scheduler(
             SlotTable(slots, self.runner),
             self.runner.buckets,

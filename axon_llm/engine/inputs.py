@@ -29,16 +29,20 @@ class Inputs:
     def __init__(self, rows: int, tokens: int, device: torch.device) -> None:
         self._pinned: Tensor | None = None
         if device.type == "cuda":
-            self._pinned = torch.empty(2, rows, tokens, dtype=torch.int64, pin_memory=True)
-            self._placed = torch.empty(2, rows, tokens, dtype=torch.int64, device=device)
-            self._views = (self._placed[0], self._placed[1])
+            self._pinned = torch.empty(3, rows, tokens, dtype=torch.int64, pin_memory=True)
+            self._placed = torch.empty(3, rows, tokens, dtype=torch.int64, device=device)
+            self._views = self._placed.unbind()
             self._copied = torch.cuda.Event()
 
-    def put(self, tokens: Numbers, positions: Numbers) -> tuple[Tensor, Tensor]:
-        """Both as tensors ``[R, T]`` on the device; on a GPU valid, and in the same place, until the next call."""
-        numbers = torch.tensor((tokens, positions))  # [2, R, T]
+    def put(self, tokens: Numbers, positions: Numbers) -> tuple[Tensor, ...]:
+        """Both, and the positions after those, as tensors ``[R, T]`` on the device.
+
+        On a GPU they are valid, and in the same place, until the next call.
+        """
+        following = [[position + 1 for position in row] for row in positions]
+        numbers = torch.tensor((tokens, positions, following))  # [3, R, T]
         if self._pinned is None:
-            return numbers[0], numbers[1]
+            return numbers.unbind()
         self._copied.synchronize()  # the previous copy: long done, since its step's tokens have been read
         self._pinned.copy_(numbers)
         self._placed.copy_(self._pinned, non_blocking=True)

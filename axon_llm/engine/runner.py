@@ -22,6 +22,7 @@ from axon_llm.engine.buckets import Buckets, doubling
 from axon_llm.engine.captured import CapturedStep
 from axon_llm.engine.compiled import CompiledStep
 from axon_llm.engine.inputs import Inputs, Numbers
+from axon_llm.engine.sampling import Likeliest, likeliest
 from axon_llm.model import Transformer
 
 Step = Callable[[Tensor, Tensor], Tensor]  # tokens [R, T], positions [R, T] → logits [R, T, V]
@@ -59,6 +60,7 @@ class Runner:
         buckets: the shapes in use.
         next_positions: for each row of the logits last returned, the position that a token chosen from it takes,
             on the device.
+        likeliest: how the likeliest token of each row of logits is found: as a fast model does it, or in PyTorch.
         compiled: the decode step is compiled: asked for, and so far possible.
         captured: the decode step is captured: asked for, and so far possible.
     """
@@ -95,6 +97,7 @@ class Runner:
             tail_is_free=self.cache.k.dtype == torch.bfloat16 and all(map(_skips_what_is_hidden, model.layers)),
         )
         self.next_positions: Tensor
+        self.likeliest: Likeliest = getattr(model, "likeliest", likeliest)
 
     @torch.inference_mode()
     def prefill(self, slot: int, tokens: Sequence[int], start: int, end: int) -> Tensor:
@@ -163,7 +166,7 @@ class Runner:
         Returns:
             Logits ``[R, V]`` float32, valid until the next call.
         """
-        return self._run_step([[token] for token in tokens], [[position] for position in positions], length)[:, 0]
+        return self._run_step([[token] for token in tokens], [[position] for position in positions], length).squeeze(1)
 
     def _run_step(self, tokens: Numbers, positions: Numbers, length: int) -> Tensor:
         """Logits ``[R, T, V]`` of T tokens in each of the first R slots, by the step of that shape."""
@@ -172,9 +175,9 @@ class Runner:
             self._inputs[shape] = Inputs(*shape, self.device)
         if (*shape, length) not in self._steps:
             self._steps[*shape, length] = self._make_step(self.cache.view(slots=shape[0], length=length))
-        given, at = self._inputs[shape].put(tokens, positions)
+        given, at, following = self._inputs[shape].put(tokens, positions)
         logits = self._steps[*shape, length](given, at)
-        self.next_positions = at.flatten() + 1
+        self.next_positions = following.flatten()
         return logits
 
     def _make_step(self, view: KVCache) -> Step:

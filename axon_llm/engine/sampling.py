@@ -19,7 +19,7 @@ Legend: R rows (slots from ``first`` on) · V vocabulary · K candidates
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,8 @@ from axon_llm.engine.penalties import Biases, Penalties
 
 GREEDY_BELOW = 1e-5  # a temperature at which float32 cannot tell sampling from greedy
 FIRST_CANDIDATES = 256  # top-p looks at this many of the likeliest tokens first, and at more if they do not suffice
+
+Likeliest = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 _NEUTRAL = SamplingParams(temperature=0.0)
 
@@ -57,6 +59,19 @@ class Sampled:
         return tuple(zip(self.top_tokens[row][:count], self.top_logprobs[row][:count], strict=True))
 
 
+def likeliest(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """The likeliest token of each row; the first of several.
+
+    Args:
+        scores: ``[R, V]`` float32.
+
+    Returns:
+        Its score ``[R]``, and the token id ``[R]`` int64: -1 where that score is not finite.
+    """
+    best, token = scores.max(dim=-1)
+    return best, torch.where(best.isfinite(), token, -1)
+
+
 class Sampler:
     """The sampling parameters of all slots as tensors, and the draw.
 
@@ -68,11 +83,19 @@ class Sampler:
         slots: how many.
         vocab_size: V.
         device: where the logits will be.
+        likeliest: how the likeliest tokens are found.
     """
 
-    def __init__(self, slots: int, vocab_size: int, device: torch.device | str | None = None) -> None:
+    def __init__(
+        self,
+        slots: int,
+        vocab_size: int,
+        device: torch.device | str | None = None,
+        likeliest: Likeliest = likeliest,
+    ) -> None:
         self._params: list[SamplingParams] = [_NEUTRAL] * slots
         self._vocab_size = vocab_size
+        self._likeliest = likeliest
         self._inverse_temperature, self._top_p, self._log_min_p = torch.zeros(3, slots, 1, device=device)  # [slots, 1]
         self._greedy = torch.ones(slots, dtype=torch.bool, device=device)
         self._top_k = torch.zeros(slots, 1, dtype=torch.int64, device=device)
@@ -136,17 +159,16 @@ class Sampler:
             scores = adjusted.copy_(logits)
             self._penalties.apply(scores, rows)
             self._biases.apply(scores, rows)
-        best, likeliest = scores.max(dim=-1)  # [R] each
+        best, top = self._likeliest(scores)  # [R] each
         drawing = any(p.temperature >= GREEDY_BELOW for p in params)
         candidates = self._candidates(params) if drawing else 0
         while True:
-            tokens, enough = likeliest, None
+            tokens, enough = top, None
             if drawing:
                 self._scale(scores, best, rows, scaled)
                 enough = self._filter(scaled, rows, candidates)
                 drawn = draw(scaled.exp_(), uniform(self._seed[rows], positions))
-                tokens = torch.where(self._greedy[rows], tokens, drawn)
-            tokens = torch.where(best.isfinite(), tokens, -1)
+                tokens = torch.where(self._greedy[rows] | (top < 0), top, drawn)
             sampled = self._read(logits, tokens, enough, params)
             if sampled is not None:
                 break

@@ -252,6 +252,12 @@ class StripTransformer(Transformer):
         y: Tensor = torch.ops.axon.strips_step(tokens, positions, *self._before, cache.k, cache.v, *self._after)
         return y
 
+    @staticmethod
+    def likeliest(scores: Tensor) -> tuple[Tensor, Tensor]:
+        """As :func:`axon_llm.engine.sampling.likeliest`."""
+        best, token = torch.ops.axon.likeliest(scores)
+        return best, token
+
 
 def multiplies_itself(linear: nn.Module) -> bool:
     """Our own kernels multiply by a linear's weights, in strips or as they are stored."""

@@ -36,6 +36,7 @@ _library.define("lay_strips(Tensor words, Tensor(a!) strips) -> ()")
 _library.define("strip_rows(Tensor strips, Tensor channels, int words) -> Tensor")
 _library.define("bf16_attention(Tensor q, Tensor k, Tensor v, Tensor mask, int products) -> Tensor")
 _library.define("read_words(Tensor x) -> Tensor")
+_library.define("likeliest(Tensor scores) -> (Tensor, Tensor)")
 _library.define("bf16_angles(Tensor positions, Tensor frequencies, float scale) -> Tensor")
 _library.define("bf16_rotate(Tensor x, Tensor cos, Tensor sin) -> Tensor")
 _library.define(

@@ -17,6 +17,7 @@ from test_fast import CONFIG, QWEN, prefill_and_decode, random_model
 
 from axon_llm.cache import KVCache
 from axon_llm.config import ModelConfig, RopeConfig
+from axon_llm.engine.sampling import likeliest
 from axon_llm.fast import accelerate, describe, native, ops
 from axon_llm.fast.attention import RopeAtOnce, attend_in_strips
 from axon_llm.fast.blocks import StripBlocks, StripHead, StripTransformer
@@ -350,6 +351,29 @@ def test_the_reader_reads_every_word() -> None:
     assert int(torch.ops.axon.read_words(words)) % 2**32 == total
     words[77_777] += 1
     assert int(torch.ops.axon.read_words(words)) % 2**32 == (total + 1) % 2**32
+
+
+@kernels
+@pytest.mark.parametrize("rows", [1, 3, 64])
+@pytest.mark.parametrize("vocab_size", [1, 15, 16, 1024, 1025, 5000])
+def test_the_likeliest_token_is_the_one_pytorch_finds(rows: int, vocab_size: int) -> None:
+    assert native.load()
+    scores = numbers(rows, vocab_size) - 3
+    ties = (scores * 2).round()
+    for given in (scores, ties, scores[:, :1].expand(rows, vocab_size), -scores.exp() * 1e30):
+        assert_same_choice(given)
+    for value in (math.nan, math.inf, -math.inf):
+        for place in {0, vocab_size // 2, vocab_size - 1}:
+            broken = scores.clone()
+            broken[-1, place] = value
+            assert_same_choice(broken)
+    assert_same_choice(torch.full((rows, vocab_size), -math.inf))
+
+
+def assert_same_choice(scores: torch.Tensor) -> None:
+    """Our kernel finds the same as plain PyTorch."""
+    for ours, plain in zip(StripTransformer.likeliest(scores), likeliest(scores), strict=True):
+        torch.testing.assert_close(ours, plain, rtol=0, atol=0, equal_nan=True)
 
 
 @kernels
