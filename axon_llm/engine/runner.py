@@ -59,7 +59,7 @@ class Runner:
         cache: the KV cache.
         buckets: the shapes in use.
         next_positions: for each row of the logits last returned, the position that a token chosen from it takes,
-            on the device.
+            on the device; valid as long as they are.
         likeliest: how the likeliest token of each row of logits is found: as a fast model does it, or in PyTorch.
         compiled: the decode step is compiled: asked for, and so far possible.
         captured: the decode step is captured: asked for, and so far possible.
@@ -175,10 +175,8 @@ class Runner:
             self._inputs[shape] = Inputs(*shape, self.device)
         if (*shape, length) not in self._steps:
             self._steps[*shape, length] = self._make_step(self.cache.view(slots=shape[0], length=length))
-        given, at, following = self._inputs[shape].put(tokens, positions)
-        logits = self._steps[*shape, length](given, at)
-        self.next_positions = following.flatten()
-        return logits
+        given, at, self.next_positions = self._inputs[shape].put(tokens, positions)
+        return self._steps[*shape, length](given, at)
 
     def _make_step(self, view: KVCache) -> Step:
         step: Step = CompiledStep(self.model, view, self._stop_compiling) if self.compiled else self._plain(view)
