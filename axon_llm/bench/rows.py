@@ -19,6 +19,7 @@ from torch import nn
 from axon_llm.bench.ceiling import Ceilings, Limits, seconds
 from axon_llm.config import ModelConfig
 from axon_llm.engine.runner import Runner
+from axon_llm.engine.sampling import likeliest_of
 from axon_llm.fast import ops
 from axon_llm.fast.int8 import Int8Linear
 from axon_llm.fast.strips import Int4Strips, Int8Strips
@@ -192,11 +193,11 @@ def _prefill(runner: Runner, case: Case) -> None:
 
 
 def _decode(runner: Runner, case: Case) -> None:
-    tokens = _tokens(runner, case.batch)
+    tokens, likeliest = _tokens(runner, case.batch), likeliest_of(runner.model)
     for step in range(case.tokens):
         position = case.depth + step
         logits = runner.decode(tokens, [position] * case.batch, runner.buckets.lengths.at_least(position + 1))
-        tokens = runner.likeliest(logits)[1].tolist()  # the one read of a step, as in the engine
+        tokens = likeliest(logits)[1].tolist()  # the one read of a step, as in the engine
 
 
 def _tokens(runner: Runner, count: int) -> list[int]:

@@ -19,7 +19,7 @@ from axon_llm.engine.events import Request, TokenEvent
 from axon_llm.engine.iteration import Iteration
 from axon_llm.engine.params import SamplingParams
 from axon_llm.engine.runner import Runner, chunk_for
-from axon_llm.engine.sampling import Sampler
+from axon_llm.engine.sampling import Sampler, likeliest_of
 from axon_llm.engine.scheduler import Scheduler
 from axon_llm.engine.slots import SlotTable
 from axon_llm.engine.stats import EngineStats
@@ -74,7 +74,7 @@ class Engine:
             compile=compile,
             checked=1 + speculate if speculate else 0,
         )
-        sampler = Sampler(slots, model.config.vocab_size, self.runner.device, self.runner.likeliest)
+        sampler = Sampler(slots, model.config.vocab_size, self.runner.device, likeliest_of(model))
         scheduler = Scheduler(
             SlotTable(slots, self.runner),
             self.runner.buckets,

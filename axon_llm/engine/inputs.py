@@ -38,7 +38,7 @@ class Inputs:
             self._pinned = torch.empty(3, rows, tokens, dtype=torch.int64, pin_memory=True)
             self._placed = placed = torch.empty(3, rows, tokens, dtype=torch.int64, device=device)
             self._copied = torch.cuda.Event()
-        self._views = (placed[0], placed[1], placed[2].flatten())
+        self._views = (placed[0], placed[1], placed[2].view(-1))
 
     def put(self, tokens: Numbers, positions: Numbers) -> tuple[Tensor, Tensor, Tensor]:
         """Put both on the device.

@@ -22,7 +22,6 @@ from axon_llm.engine.buckets import Buckets, doubling
 from axon_llm.engine.captured import CapturedStep
 from axon_llm.engine.compiled import CompiledStep
 from axon_llm.engine.inputs import Inputs, Numbers
-from axon_llm.engine.sampling import Likeliest, likeliest
 from axon_llm.model import Transformer
 
 Step = Callable[[Tensor, Tensor], Tensor]  # tokens [R, T], positions [R, T] → logits [R, T, V]
@@ -60,7 +59,6 @@ class Runner:
         buckets: the shapes in use.
         next_positions: for each row of the logits last returned, the position that a token chosen from it takes,
             on the device; valid as long as they are.
-        likeliest: how the likeliest token of each row of logits is found: as a fast model does it, or in PyTorch.
         compiled: the decode step is compiled: asked for, and so far possible.
         captured: the decode step is captured: asked for, and so far possible.
     """
@@ -97,7 +95,6 @@ class Runner:
             tail_is_free=self.cache.k.dtype == torch.bfloat16 and all(map(_skips_what_is_hidden, model.layers)),
         )
         self.next_positions: Tensor
-        self.likeliest: Likeliest = getattr(model, "likeliest", likeliest)
 
     @torch.inference_mode()
     def prefill(self, slot: int, tokens: Sequence[int], start: int, end: int) -> Tensor:
@@ -166,7 +163,7 @@ class Runner:
         Returns:
             Logits ``[R, V]`` float32, valid until the next call.
         """
-        return self._run_step([[token] for token in tokens], [[position] for position in positions], length).squeeze(1)
+        return self._run_step([[token] for token in tokens], [[position] for position in positions], length)[:, 0]
 
     def _run_step(self, tokens: Numbers, positions: Numbers, length: int) -> Tensor:
         """Logits ``[R, T, V]`` of T tokens in each of the first R slots, by the step of that shape."""

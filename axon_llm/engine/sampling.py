@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from axon_llm.engine.chance import BLOCK, as_int64, draw, uniform
 from axon_llm.engine.params import SamplingParams
@@ -33,7 +33,7 @@ from axon_llm.engine.penalties import Biases, Penalties
 GREEDY_BELOW = 1e-5  # a temperature at which float32 cannot tell sampling from greedy
 FIRST_CANDIDATES = 256  # top-p looks at this many of the likeliest tokens first, and at more if they do not suffice
 
-Likeliest = Callable[[Tensor], tuple[Tensor, Tensor]]
+Likeliest = Callable[[Tensor], tuple[Tensor, Tensor]]  # scores [R, V] → the largest [R] and its token [R]
 
 _NEUTRAL = SamplingParams(temperature=0.0)
 
@@ -60,7 +60,7 @@ class Sampled:
 
 
 def likeliest(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """The likeliest token of each row; the first of several.
+    """The likeliest token of each row; the first of several equally likely.
 
     Args:
         scores: ``[R, V]`` float32.
@@ -70,6 +70,12 @@ def likeliest(scores: Tensor) -> tuple[Tensor, Tensor]:
     """
     best, token = scores.max(dim=-1)
     return best, torch.where(best.isfinite(), token, -1)
+
+
+def likeliest_of(model: nn.Module) -> Likeliest:
+    """How the likeliest tokens of a model's scores are found: by its own kernel where it has one."""
+    own: Likeliest = getattr(model, "likeliest", likeliest)
+    return own
 
 
 class Sampler:
@@ -159,16 +165,16 @@ class Sampler:
             scores = adjusted.copy_(logits)
             self._penalties.apply(scores, rows)
             self._biases.apply(scores, rows)
-        best, top = self._likeliest(scores)  # [R] each
+        best, best_token = self._likeliest(scores)  # [R] each
         drawing = any(p.temperature >= GREEDY_BELOW for p in params)
         candidates = self._candidates(params) if drawing else 0
         while True:
-            tokens, enough = top, None
+            tokens, enough = best_token, None
             if drawing:
                 self._scale(scores, best, rows, scaled)
                 enough = self._filter(scaled, rows, candidates)
                 drawn = draw(scaled.exp_(), uniform(self._seed[rows], positions))
-                tokens = torch.where(self._greedy[rows] | (top < 0), top, drawn)
+                tokens = torch.where(self._greedy[rows] | (best_token < 0), best_token, drawn)
             sampled = self._read(logits, tokens, enough, params)
             if sampled is not None:
                 break

@@ -2,10 +2,9 @@
 
 A compiler sees through ``torch.mv`` and rewrites it into a loop that is slower than the library's kernel, and it does
 not know what to do with weights in oneDNN's own layout. Behind an operator of our own both are a single call with known
-output, and so are our own kernels: ``kernels/`` for a CPU here, ``gpu/`` for a GPU in
-``gpu/operators.py``. Those on the CPU are declared
-here (``bf16_…``, ``…_strips``, ``strip_rows``) and there is nothing behind the names until ``native.py`` has loaded
-them. Registering an operator is this module's only side effect.
+output, and so are our own kernels: ``kernels/`` for a CPU, declared here, ``gpu/`` for a GPU, in ``gpu/operators.py``.
+There is nothing behind the names of the former until ``native.py`` has loaded them. Registering an operator is this
+module's only side effect.
 
 Legend: R rows · K input channels · N output channels
 """

@@ -360,7 +360,15 @@ def test_the_likeliest_token_is_the_one_pytorch_finds(rows: int, vocab_size: int
     assert native.load()
     scores = numbers(rows, vocab_size) - 3
     ties = (scores * 2).round()
-    for given in (scores, ties, scores[:, :1].expand(rows, vocab_size), -scores.exp() * 1e30):
+    apart = numbers(rows, vocab_size + 8)[:, :vocab_size]
+    for given in (
+        scores,
+        ties,
+        apart,
+        apart.t().contiguous().t(),
+        scores[:, :1].expand(rows, vocab_size),
+        -scores.exp() * 1e30,
+    ):
         assert_same_choice(given)
     for value in (math.nan, math.inf, -math.inf):
         for place in {0, vocab_size // 2, vocab_size - 1}:
@@ -391,6 +399,9 @@ def test_what_the_kernels_cannot_take_is_refused() -> None:
     k = numbers(1, 2, 9, 64).bfloat16()
     with pytest.raises(RuntimeError, match="bfloat16 heads"):
         torch.ops.axon.bf16_attention(q, k, k, mask, 0)
+    for scores, message in ((k[0, 0], "scores"), (torch.zeros(2, 3, 4), "scores"), (torch.zeros(2, 0), "nothing")):
+        with pytest.raises(RuntimeError, match=message):
+            StripTransformer.likeliest(scores)
 
 
 def test_a_score_that_is_not_a_number_shows(way: ops.Products) -> None:
@@ -692,12 +703,34 @@ def test_a_failure_on_any_thread_is_raised_and_the_next_step_is_right(threads: C
 
     expected = scores(right)
     threads(3)
-    for at in (0, 31, 63):
+    for at in (slice(0, 1), slice(31, 32), slice(63, 64), slice(None)):  # one of them; whichever thread comes first
         wrong = right.clone()
         wrong[0, at] = -7
         with pytest.raises(RuntimeError, match="no row -7"):
             scores(wrong)
         assert torch.equal(scores(right), expected)
+
+
+@kernels
+def test_a_step_ends_with_fewer_threads_than_were_asked_for() -> None:
+    """OpenMP may give fewer: a part is then larger than one, and there are fewer to wait for."""
+    program = """
+import torch
+from test_strips import CONFIG, KVCache, accelerate, random_model
+model = accelerate(random_model(CONFIG, torch.bfloat16))
+ids, positions = torch.arange(70)[None] % CONFIG.vocab_size, torch.arange(70)[None]
+scores = []
+for count in (1, 2, 4, 5, 16):
+    torch.set_num_threads(count)
+    scores.append(model(ids, positions, KVCache(CONFIG, slots=1, max_seq_len=80, dtype=torch.bfloat16)))
+assert all(torch.equal(scores[0], others) for others in scores[1:])
+"""
+    folders = os.pathsep.join((str(Path(__file__).parent), str(Path(__file__).parents[2])))
+    environment = {**os.environ, "PYTHONPATH": folders, "OMP_THREAD_LIMIT": "3"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
 
 
 @kernels

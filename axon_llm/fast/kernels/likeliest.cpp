@@ -1,9 +1,10 @@
-// The likeliest token of each row of scores. PyTorch takes ten times as long to find a largest number and its place.
+// The likeliest token of each row of scores. At the end of a step PyTorch takes twice as long to find it.
 //
 // Legend: R rows, V scores of each
 
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <tuple>
@@ -38,13 +39,13 @@ std::tuple<Tensor, Tensor> likeliest(const Tensor& scores) {
                   "scores [R, V] in float32 are wanted");
   const int64_t R = scores.size(0), V = scores.size(1);
   STD_TORCH_CHECK(V > 0, "there is nothing to choose from");
-  const Tensor rows = in_order(scores);
+  const Tensor rows = scores.stride(1) == 1 ? scores : in_order(scores);
   Tensor best = blank({R}, aoti_torch_dtype_float32()), token = blank({R}, aoti_torch_dtype_int64());
   auto* values = static_cast<float*>(best.mutable_data_ptr());
   auto* places = static_cast<int64_t*>(token.mutable_data_ptr());
   share_out(R, 1, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; r++) {
-      const float* row = static_cast<const float*>(rows.const_data_ptr()) + r * V;
+      const float* row = static_cast<const float*>(rows.const_data_ptr()) + r * rows.stride(0);
       float most = LEAST;
       int64_t from = 0;
       for (int64_t v = 0; v < V && !std::isnan(most); v += PIECE) {

@@ -59,6 +59,7 @@ inline void add_blocks(const uint8_t* p, int64_t blocks, const Activations& a, i
 // One row's sums of two strips += it times their blocks, read from both side by side.
 template <class Format>
 inline void add_beside(const uint8_t* const* w, int64_t blocks, const Activations& a, typename Format::Sum* sums) {
+  static_assert(!ALONE_BY_TWO || ALONE_INTO == _MM_HINT_T1, "it is what `Beside` tells the processor");
   const auto both = [&](int64_t i) { return Beside<Format, true>(w[0] + i * Format::BYTES, w[1] + i * Format::BYTES); };
   multiply_by_two<Format, 1>(both, blocks, a, 0, sums, 1);
 }

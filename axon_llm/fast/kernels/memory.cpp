@@ -2,6 +2,8 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <atomic>
+
 #include "strips.h"
 
 namespace {

@@ -101,7 +101,7 @@ template <auto INTO = _MM_HINT_T1>
 [[gnu::always_inline]] inline void fetch(const uint8_t* from, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(from) + i, INTO);
 }
-// … into the second-level one, and here and now: compilers put `fetch` where they like.
+// … into the second-level one, and told between the loads beside it: compilers put `fetch` where they like.
 [[gnu::always_inline]] inline void fetch_now(const uint8_t* from, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) asm volatile("prefetcht1 %0" ::"m"(from[i]));
 }

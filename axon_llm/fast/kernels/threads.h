@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <exception>
 #include <thread>
+#include <utility>
 
 namespace {
 
@@ -40,28 +41,32 @@ class Pieces {
   const int64_t count_, least_, threads_;
 };
 
-// Threads that stay at hand for a whole step. To set PyTorch's to work and to wait for them takes 5 to 10 µs, much of
-// it for fetching the code that does it: the weights that went through the caches have driven it out. A team's look at
-// one number meanwhile; it takes them 1 or 2.
+// PyTorch's threads, at hand for a whole step. To set them to work and to wait for them takes 5 to 10 µs, much of it
+// for fetching the code that does it: the weights that went through the caches have driven it out. The threads of a
+// team look at one number meanwhile, and it takes 2 to 4.
+//
+// Parts of PyTorch's `parallel_for` have to run at the same time, each on a thread of its own, as they do with OpenMP,
+// with which it is built. Within a team its own operators run on one thread; nothing large is left to them.
 class Team {
  public:
-  // work() on this thread; others are at hand for what `everybody` does meanwhile. Within it, it is just a call.
+  // work() on this thread; the others are at hand for what `everybody` does meanwhile. Within another `lead` it is just
+  // a call.
   template <class Work>
   static void lead(const Work& work) {
     const int64_t threads = torch::stable::get_num_threads();
-    if (threads == 1 || at_hand_ != nullptr) return work();
+    if (threads == 1 || led_ != nullptr) return work();
     Team team;
     std::exception_ptr failure;  // through PyTorch it would lose its message
     torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
       if (begin > 0) return team.serve();
       team.others_ = pieces_of(threads, end) - 1;  // parts are as large as this one, and each has a thread
-      at_hand_ = &team;
+      led_ = &team;
       try {
         work();
       } catch (...) {
         failure = std::current_exception();
       }
-      at_hand_ = nullptr;
+      led_ = nullptr;
       team.task_.store(OVER, std::memory_order_release);
     });
     if (failure) std::rethrow_exception(failure);
@@ -70,18 +75,18 @@ class Team {
   // work() on every thread; the first failure is everybody's. What one of them shares within it is its own.
   template <class Work>
   static void everybody(const Work& work) {
-    if (at_work_)
+    if (within_task_)
       work();
-    else if (at_hand_ == nullptr)
+    else if (led_ == nullptr)
       torch::stable::parallel_for(0, torch::stable::get_num_threads(), 1, [&](int64_t, int64_t) { work(); });
     else
-      at_hand_->run([](const void* that) { (*static_cast<const Work*>(that))(); }, &work);
+      led_->run([](const void* that) { (*static_cast<const Work*>(that))(); }, &work);
   }
 
  private:
   static constexpr int64_t OVER = -1;
-  static inline thread_local Team* at_hand_ = nullptr;  // of the thread that leads
-  static inline thread_local bool at_work_ = false;     // of every thread of a team
+  static inline thread_local Team* led_ = nullptr;       // by this thread
+  static inline thread_local bool within_task_ = false;  // this thread is: attention prepares its rows there
 
   alignas(64) std::atomic<int64_t> task_{0};  // how many there have been
   void (*call_)(const void*) = nullptr;
@@ -94,10 +99,11 @@ class Team {
   void run(void (*call)(const void*), const void* work) {
     call_ = call, work_ = work;
     done_.store(0, std::memory_order_relaxed);
+    failed_.store(false, std::memory_order_relaxed);
     task_.fetch_add(1, std::memory_order_release);
     attempt();
     wait_until([&] { return done_.load(std::memory_order_acquire) == others_; });
-    if (failure_) std::rethrow_exception(failure_);
+    if (failure_) std::rethrow_exception(std::exchange(failure_, nullptr));
   }
 
   void serve() {
@@ -110,13 +116,13 @@ class Team {
   }
 
   void attempt() {
-    at_work_ = true;
+    within_task_ = true;
     try {
       call_(work_);
     } catch (...) {
       if (!failed_.exchange(true)) failure_ = std::current_exception();
     }
-    at_work_ = false;
+    within_task_ = false;
   }
 
   // For as long as a norm takes, and longer; then others may have the processor.
