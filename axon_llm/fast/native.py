@@ -146,7 +146,9 @@ def _flags() -> list[str]:
     used = instructions()
     spelt = (name.replace("_", "-" if name.startswith("amx") else "") for name in used)
     tiles = ["-DAXON_TILES"] if "amx_tile" in used else []  # compilers do not agree on a name for it
-    return [*(f"-m{name}" for name in spelt), *tiles]
+    # Half floats tell an Intel whose matrix unit is hidden from a Zen. Not all compilers in use know them.
+    intel = ["-DAXON_INTEL"] if "avx512f" in used and "avx512_fp16" in processor_flags() else []
+    return [*(f"-m{name}" for name in spelt), *tiles, *intel]
 
 
 def _library(flags: list[str]) -> Path:

@@ -836,10 +836,10 @@ def test_without_a_working_compiler_it_says_so_and_goes_on(
 
 @pytest.mark.slow
 @pytest.mark.skipif(not native.processor_flags().issuperset(native.WIDE), reason="this processor's are the narrow ones")
-@pytest.mark.parametrize("plugin", ["narrow", "tiles"])
+@pytest.mark.parametrize("plugin", ["narrow", "tiles", "no_tiles"])
 def test_the_kernels_for_other_processors_pass_these_tests_too(plugin: str) -> None:
-    if plugin == "tiles" and native.tiles():
-        pytest.skip("this processor has a matrix unit")
+    if plugin != "narrow" and native.tiles() == (plugin == "tiles"):
+        pytest.skip(f"the matrix unit is {'there' if native.tiles() else 'missing'} without this plugin")
     here = Path(__file__)
     command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", plugin, "-m", "not slow", here]
     done = subprocess.run(
