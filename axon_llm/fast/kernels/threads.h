@@ -127,10 +127,9 @@ class Team {
 
   // For as long as a norm takes, and longer; then others may have the processor.
   static void wait_until(const auto& come) {
-    constexpr int PATIENCE = 1000;
-    for (int i = 0; !come(); i++)
-      if (i < PATIENCE)
-        _mm_pause();
+    for (int patience = 1000; !come();)
+      if (patience > 0)
+        patience--, _mm_pause();
       else
         std::this_thread::yield();
   }
