@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from axon_llm.cache import KVCache
 from axon_llm.checkpoint import load
 from axon_llm.fast import accelerate
-from axon_llm.fast.gpu.words import PIECES
-from axon_llm.fast.quantise import dequantise_int4, dequantise_int8, quantise_int4, quantise_int8
+from axon_llm.fast.quantise import GROUP, dequantise_int4, dequantise_int8, quantise_int4, quantise_int8
 from axon_llm.model import Transformer
 
 MODES: tuple[tuple[str, str, str | None], ...] = (
@@ -61,10 +60,10 @@ def round_activations(x: Tensor, piece: int) -> Tensor:
 
 
 def as_on_a_gpu(model: Transformer, quantize: str) -> Transformer:
-    """The readable model, its linears rounded as a GPU's decode step of one row rounds weights and activations."""
+    """The readable model, its linears rounded as a GPU rounds weights and activations."""
 
     def rounded(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Tensor]:
-        return (round_activations(inputs[0], PIECES[quantize]),)
+        return (round_activations(inputs[0], GROUP if quantize == "int4" else inputs[0].shape[-1]),)
 
     for module in model.modules():
         if isinstance(module, nn.Linear):
@@ -90,10 +89,10 @@ def measure(name: str, rows: int, length: int) -> list[dict[str, object]]:
         for mode, dtype, quantize in MODES:
             model = accelerate(load(name, device="cpu", dtype=dtype)[0], quantize)
             results.append({"mode": mode, "tokens": tokens.numel(), **compare(exact, model(tokens, positions))})
-        for quantize in PIECES:
+        for quantize in ("int8", "int4"):
             model = as_on_a_gpu(load(name, device="cpu", dtype="bfloat16")[0], quantize)
             found = compare(exact, model(tokens, positions))
-            results.append({"mode": f"{quantize}, one row on a GPU", "tokens": tokens.numel(), **found})
+            results.append({"mode": f"{quantize}, on a GPU", "tokens": tokens.numel(), **found})
     return results
 
 

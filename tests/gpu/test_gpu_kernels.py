@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from tiny import tiny_model
+from torch.nn import functional as F
 
 from axon_llm.bench.quality import round_activations
 from axon_llm.cache import KVCache
@@ -56,32 +57,47 @@ def test_logits_stay_those_of_the_cpu(rows: int, quantize: str | None, dtype: to
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("rows", [1, 2, 16, 33, 64, 65])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 16, 33, 64, 65, 300])
 @pytest.mark.parametrize(("channels", "inputs"), [(96, 160), (2048, 8192), (8256, 2048)])
 def test_products_are_those_of_what_the_weights_stand_for(
     rows: int, channels: int, inputs: int, dtype: torch.dtype
 ) -> None:
     torch.manual_seed(0)
     weight, x = torch.randn(channels, inputs, device="cuda"), torch.randn(rows, inputs, device="cuda").to(dtype)
-    bias, residual = (
-        torch.randn(channels, device="cuda").to(dtype),
-        torch.randn(rows, channels, device="cuda").to(dtype),
+    bias, residual, norm = (
+        torch.randn(*shape, device="cuda").to(dtype) for shape in ((channels,), (rows, channels), (inputs,))
     )
-    plain = GpuLinear.where_it_suits((weight.to(dtype),), bias)
-    assert plain is not None
-    for linear, stands_for in (
-        (plain, weight.to(dtype)),
-        (build("int8", values := quantise_int8(weight), bias), dequantise_int8(*values)),
-        (build("int4", values4 := quantise_int4(weight), bias), dequantise_int4(*values4)),
+    wide = x.float()
+    normed = ((wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5)).to(dtype).float() * norm).to(dtype)
+    for linear, stands_for, piece in (
+        (GpuLinear.where_it_suits((weight.to(dtype),), bias), weight.to(dtype), 0),
+        (build("int8", values := quantise_int8(weight), bias), dequantise_int8(*values), inputs),
+        (build("int4", values4 := quantise_int4(weight), bias), dequantise_int4(*values4), 32),
     ):
         assert isinstance(linear, GpuLinear)
-        # quantised weights meet activations that are rounded by the pieces a thread holds
-        piece = {"plain-triton": 0, "int8-triton": 16, "int4-triton": 32}[linear.kind]
-        met = round_activations(x.float(), piece) if piece else x
-        exact = met.double() @ stands_for.double().T + bias.double()
+        product, of_normed = (
+            (round_activations(each.float(), piece) if piece else each).double() @ stands_for.double().T + bias.double()
+            for each in (x, normed)
+        )
+        gate, up = of_normed.chunk(2, dim=-1)
         tolerance = {torch.bfloat16: 1e-2, torch.float32: 2e-4}[dtype]
-        assert float((linear(x).double() - exact).norm() / exact.norm()) < tolerance
-        assert float((linear.add(x, residual).double() - exact - residual).norm() / exact.norm()) < 2 * tolerance
+        for found, exact in (
+            (linear(x), product),
+            (linear.add(x, residual), product + residual),
+            (linear.normed(x, norm, 1e-5), of_normed),
+            (linear.gated(x, norm, 1e-5), F.silu(gate) * up),
+        ):
+            assert float((found.double() - exact).norm() / exact.norm()) < tolerance
+
+
+@pytest.mark.parametrize(("channels", "inputs"), [(96, 160), (4096, 14336)])
+def test_a_row_of_int8_is_the_same_to_the_last_bit_whatever_its_batch_mates(channels: int, inputs: int) -> None:
+    torch.manual_seed(0)
+    linear = build("int8", quantise_int8(torch.randn(channels, inputs, device="cuda")), None)
+    x = torch.randn(600, inputs, device="cuda").bfloat16()
+    every = linear(x)
+    for rows in (1, 2, 7, 40, 100):
+        assert torch.equal(linear(x[3 : 3 + rows]), every[3 : 3 + rows])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

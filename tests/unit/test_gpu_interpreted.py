@@ -23,51 +23,70 @@ sys.path.insert(0, "tests/unit")
 import torch
 from torch.nn import functional as F
 from axon_llm.bench.quality import round_activations
-from axon_llm.fast.gpu import around, attention, few_rows, one_row, rounding, step, words
+from axon_llm.fast.gpu import around, attention, linear, one_row, operators, rounding, step, widen, words
 from axon_llm.fast.quantise import dequantise_int4, dequantise_int8, quantise_int4, quantise_int8
 
+for name, kernel in operators.ON_GPU.items():
+    operators._library.impl(name, kernel, "CPU")
 torch.manual_seed(0)
 step.processors = lambda device: 132
 attention.splits_for = step.splits_for = lambda *given: 4  # of sequences this short there would be one
 
-def close(y, exact, dtype=torch.float32):
+def close(y, exact, dtype=torch.float32, most=5e-5):
     error = float((y.double() - exact.double()).norm() / exact.double().norm())
-    assert error < (5e-5 if dtype == torch.float32 else 2e-3), (dtype, tuple(exact.shape), error)
+    assert error < (most if dtype == torch.float32 else 2e-3), (dtype, tuple(exact.shape), error)
 """
 PRODUCTS = """
 for dtype in (torch.float32, torch.float16):
     for channels, inputs in ((96, 160), (41, 1040), (32, 2304)):
         x, w = torch.randn(1, 1, inputs).to(dtype), (torch.randn(channels, inputs) / inputs**0.5).to(dtype)
         norm, bias, stream = (torch.randn(*shape).to(dtype) for shape in ((inputs,), (channels,), (1, 1, channels)))
-        root = torch.rsqrt(x.double().square().mean() + 1e-5)
-        int8 = quantise_int8(w.float())
-        forms = [((w, None, None), w, None), ((words.to_words(int8[0]), int8[1], None), dequantise_int8(*int8), 16)]
-        assert torch.equal(words.from_words(forms[1][0][0], 4), int8[0])
-        if channels % 32 == 0:
-            int4 = quantise_int4(w.float())
-            forms.append(((words.to_words(int4[0]), *int4[1:]), dequantise_int4(*int4), 32))
-            assert torch.equal(words.from_words(forms[2][0][0], 8), int4[0].to(torch.int8))
-        for given, weight, piece in forms:
-            weight = weight.double()
-            plain, normed = x.double(), x.double() * norm.double()
-            if piece:
-                plain, normed = (round_activations(each, piece).double() for each in (plain, normed))
-            close(one_row.row_product(x, None, 0.0, *given, None, None), plain @ weight.T, dtype)
-            y = one_row.row_product(x, norm, 1e-5, *given, bias, stream)
-            close(y, root * normed @ weight.T + bias.double() + stream.double(), dtype)
-            if channels % 2 == 0:
-                gate, up = (root * normed @ weight.T).chunk(2, dim=-1)
-                close(one_row.row_gated(x, norm, 1e-5, *given), F.silu(gate) * up, dtype)
-            if piece:
-                many = torch.randn(3, inputs).to(dtype)
-                close(rounding.round_pieces(many, piece), round_activations(many.float(), piece), dtype)
-                broken = x.clone()
-                broken[0, 0, 7] = torch.nan
-                assert one_row.row_product(broken, None, 0.0, *given, None, None).isnan().all()
-                for rows in (3, 40):
-                    many = torch.randn(rows, inputs).to(dtype)
-                    close(few_rows.few_rows_product(many, *given), many.double() @ weight.T, dtype)
-                close(few_rows.widen(*given, inputs, torch.float32), weight)
+        normed = torch.rsqrt(x.double().square().mean() + 1e-5) * x.double() * norm.double()
+        close(one_row.row_product(x, None, 0.0, w, None, None, None), x.double() @ w.double().T, dtype)
+        y = one_row.row_product(x, norm, 1e-5, w, None, bias, stream)
+        close(y, normed @ w.double().T + bias.double() + stream.double(), dtype)
+        if channels % 2 == 0:
+            gate, up = (normed @ w.double().T).chunk(2, dim=-1)
+            close(one_row.row_gated(x, norm, 1e-5, w), F.silu(gate) * up, dtype)
+"""
+INTEGERS = """
+def normed_as_it_rounds(x, norm):
+    y = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-5)
+    return (y.to(x.dtype).float() * norm.float()).to(x.dtype)
+
+def both_ways(linear, x, stands_for, piece):
+    \"\"\"A product, one added to the stream, and one of a normed row gated, in turn by every kernel there is.\"\"\"
+    norm, stream = torch.randn(x.shape[-1]).to(x.dtype), torch.randn(len(x), linear.out_features).to(x.dtype)
+    exact = round_activations(x.float(), piece).double() @ stands_for.double().T
+    bias = 0 if linear.bias is None else linear.bias.double()
+    again = round_activations(normed_as_it_rounds(x, norm).float(), piece).double() @ stands_for.double().T + bias
+    # what lies between two of 127 steps may be rounded to either
+    close(linear(x), exact + bias, x.dtype, 3e-4)
+    close(linear.normed(x, norm, 1e-5), again, x.dtype, 3e-4)
+    close(linear.add(x, stream), exact + bias + stream.double(), x.dtype, 3e-4)
+    if linear.out_features % 2 == 0:
+        gate, up = again.chunk(2, dim=-1)
+        close(linear.gated(x, norm, 1e-5), F.silu(gate) * up, x.dtype, 3e-4)
+    broken = x.clone()
+    broken[0, 7] = torch.nan
+    assert linear(broken)[0].isnan().all() and not linear(broken)[1:].isnan().any()
+
+with torch.inference_mode():
+    for dtype, channels, inputs in ((torch.float32, 96, 320), (torch.float16, 41, 1056), (torch.float32, 32, 2304)):
+        w = torch.randn(channels, inputs) / inputs**0.5
+        bias = torch.randn(channels).to(dtype)
+        int8, int4 = quantise_int8(w), quantise_int4(w)
+        in8, in4 = linear.GpuInt8Linear(*int8, bias=bias), linear.GpuInt4Linear(*int4)
+        assert torch.equal(words.from_words(in8.words, 4), int8[0])
+        assert torch.equal(words.from_words(in4.words, 8), int4[0].to(torch.int8))
+        close(widen.widen(in4.words, in4.scale, torch.float32), dequantise_int4(*int4))
+        for rows in (1, 3, 20, 70):
+            x = torch.randn(rows, inputs).to(dtype)
+            both_ways(in8, x, dequantise_int8(*int8), inputs)
+            both_ways(in4, x, dequantise_int4(*int4), 32)
+        x = torch.randn(20, inputs).to(dtype)
+        assert torch.equal(in8(x)[:1], in8(x[:1])) and torch.equal(in8(x)[3:5], in8(x[3:5]))
+        close(rounding.as_in_groups(x), round_activations(x.float(), 32), dtype, 3e-4)
 """
 BLOCKS = """
 import copy
@@ -75,17 +94,13 @@ from dataclasses import replace
 from tiny import tiny_model
 from axon_llm.cache import KVCache
 from axon_llm.config import ModelConfig
-from axon_llm.fast.gpu import operators
 from axon_llm.fast.gpu.block import GpuBlock, GpuNorm
-from axon_llm.fast.gpu.linear import GpuLinear
-
-for name, kernel in operators.ON_GPU.items():
-    operators._library.impl(name, kernel, "CPU")
+from axon_llm.fast.gpu.linear import GpuInt8Linear, GpuLinear
 
 def on_kernels(model):
     linear = lambda *parts: GpuLinear(
-        torch.cat([part.weight for part in parts]), parts[0].in_features,
-        bias=None if parts[0].bias is None else torch.cat([part.bias for part in parts]),
+        torch.cat([part.weight for part in parts]),
+        None if parts[0].bias is None else torch.cat([part.bias for part in parts]),
     )
     for index, block in enumerate(model.layers):
         a, m = block.self_attn, block.mlp
@@ -122,7 +137,7 @@ with torch.inference_mode():
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 @pytest.mark.skipif(numpy >= (2, 4), reason="Triton's interpreter wants a numpy before 2.4")
-@pytest.mark.parametrize("program", [PRODUCTS, BLOCKS], ids=["products", "blocks"])
+@pytest.mark.parametrize("program", [PRODUCTS, INTEGERS, BLOCKS], ids=["products", "integers", "blocks"])
 def test_the_kernels_compute_what_the_readable_path_does(program: str) -> None:
     done = subprocess.run(
         [sys.executable, "-c", HEAD + program + "print('as exact as they should be')"],

@@ -16,15 +16,13 @@ Legend: B slots · T new tokens of each · Hq/Hkv query and KV heads · G = Hq /
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from axon_llm.fast.gpu.launch import launch
+from axon_llm.fast.gpu.launch import launch, processors, stages_for
 
 LOG2_E = 1.4426950408889634
 FEW_QUERIES = 64  # rows of one program where positions are split
@@ -120,23 +118,6 @@ def gather(  # type: ignore[no-untyped-def]
     tl.store(out + place[:, None] * D + tl.arange(0, D)[None, :], y.to(out.dtype.element_ty))
 
 
-@cache
-def processors(device: torch.device) -> int:
-    """Multiprocessors of a GPU."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-@cache
-def _stages(device: torch.device, block: int, at_once: int, head_dim: int, itemsize: int) -> int:
-    """Pieces of K and V on their way at a time: three, or as many as there is shared memory for beside the queries."""
-    if device.type != "cuda":
-        return 1
-    properties = torch.cuda.get_device_properties(device)
-    shared: int = getattr(properties, "shared_memory_per_block_optin", 48 << 10)  # its stubs do not know it
-    room = shared - block * head_dim * itemsize
-    return max(1, min(3, room // (2 * at_once * head_dim * itemsize)))
-
-
 def splits_for(programs: int, positions: int, device: torch.device) -> int:
     """Shares of the positions at most, a power of two: a program or two for each multiprocessor, and work for each."""
     wanted = processors(device) * (2 if positions > 4096 else 1) // programs
@@ -173,7 +154,7 @@ def attention(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, window
         q, keys, values, positions, out, parts, sums, LOG2_E / D**0.5, *keys.stride()[:3], *values.stride()[:3], T,
         Hkv, G, D, WINDOW=window, BM=block, BS=at_once, SPLITS=splits,
         warps=4 if block <= 64 else 8,
-        stages=_stages(q.device, block, at_once, D, q.dtype.itemsize),
+        stages=stages_for(q.device, 2 * at_once * D * q.dtype.itemsize, 3, beside=block * D * q.dtype.itemsize),
     )  # fmt: skip
     if splits > 1:
         launch(

@@ -1,8 +1,9 @@
 """A block on a GPU in few kernels: five for the one row of a decode step, some more for others.
 
 One row: norm, query, key and value · all of attention · output and the stream · norm, gate, up and
-``silu(gate) · up`` · down and the stream. With more rows the norms and the gate are kernels of their own, between
-products that are cuBLAS's, or ours where the weights are quantised.
+``silu(gate) · up`` · down and the stream. Quantised weights meet rounded rows, and so have a kernel in front of every
+product, which takes the norm along. In bfloat16 with more rows the norms and the gate are kernels of their own, between
+products that are cuBLAS's.
 
 No compiler is needed for that, so a step is ready as soon as it has been captured.
 
@@ -12,7 +13,6 @@ Legend: B slots · T new tokens · Hq/Hkv query and KV heads · D head_dim
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -68,12 +68,7 @@ class GpuBlock(nn.Module):
         self.input_layernorm = GpuNorm(block.input_layernorm)
         self.post_attention_layernorm = GpuNorm(block.post_attention_layernorm)
         self.self_attn = attention  # the norms of queries and keys are left of it, under the names of a checkpoint
-        self.qkv_proj: Any = qkv_proj
-        self.gate_up_proj: Any = gate_up_proj
-        self.o_proj, self.down_proj = o_proj, down_proj
-        both = (qkv_proj, gate_up_proj)
-        self.in_rows = all(isinstance(linear, GpuLinear) and linear.norms_rows for linear in both)
-        self.in_rows = self.in_rows and self.gate_up_proj.bias is None
+        self.qkv_proj, self.o_proj, self.gate_up_proj, self.down_proj = qkv_proj, o_proj, gate_up_proj, down_proj
 
     @classmethod
     def where_it_suits(cls, block: Block, linears: Sequence[nn.Module], window: int | None) -> GpuBlock | None:
@@ -91,8 +86,6 @@ class GpuBlock(nn.Module):
         """As :meth:`axon_llm.model.Block.forward`; what the mask would hide is known from ``positions``."""
         B, T, _ = x.shape
         D, Hkv = self.head_dim, self.num_kv_heads
-        one = self.in_rows and B * T == 1
-        first, second = self.input_layernorm, self.post_attention_layernorm
         q_norm, k_norm = self.self_attn.q_norm, self.self_attn.k_norm
         normed = isinstance(q_norm, RMSNorm) and isinstance(k_norm, RMSNorm)
         if cache is not None:
@@ -100,7 +93,7 @@ class GpuBlock(nn.Module):
         else:  # wherever the new tokens stand, there are only their keys to look at
             keys, values = x.new_empty(2, B, Hkv, T, D).unbind(0)
             positions = torch.arange(T, device=x.device).expand(B, T)
-        heads = self.qkv_proj.row(x, first.weight, first.eps) if one else self.qkv_proj(first(x))
+        heads = _normed(self.qkv_proj, x, self.input_layernorm)
         given = (
             heads.view(B, T, -1, D), q_norm.weight if normed else None, k_norm.weight if normed else None,
             q_norm.eps if normed else 0.0, *rope, positions, keys, values,
@@ -111,12 +104,18 @@ class GpuBlock(nn.Module):
             q = torch.ops.axon.gpu_turn(*given)
             seen = torch.ops.axon.gpu_attention(q, keys, values, positions, self.window)
         x = _add(self.o_proj, seen.view(B, T, -1), x)
-        gate_up = self.gate_up_proj
-        if one:
-            gated = torch.ops.axon.row_gated(x, second.weight, second.eps, gate_up.words, gate_up.scale, gate_up.middle)
-        else:
-            gated = torch.ops.axon.gpu_gate(gate_up(second(x)))
-        return _add(self.down_proj, gated, x)
+        return _add(self.down_proj, _gated(self.gate_up_proj, x, self.post_attention_layernorm), x)
+
+
+def _normed(linear: nn.Module, x: Tensor, norm: GpuNorm) -> Tensor:
+    return linear.normed(x, norm.weight, norm.eps) if isinstance(linear, GpuLinear) else linear(norm(x))
+
+
+def _gated(linear: nn.Module, x: Tensor, norm: GpuNorm) -> Tensor:
+    if isinstance(linear, GpuLinear):
+        return linear.gated(x, norm.weight, norm.eps)
+    y: Tensor = torch.ops.axon.gpu_gate(linear(norm(x)))
+    return y
 
 
 def _add(linear: nn.Module, x: Tensor, residual: Tensor) -> Tensor:

@@ -1,15 +1,16 @@
-"""Rows times quantised weights on a GPU: the decode step of several sequences, and what a prompt needs.
+"""A row or a few times quantised weights on a GPU: the decode step of a sequence, or of some.
 
-A decode step is bound by reading the weights, so what is read must be the small form. A compiler left to itself writes
-the weights out in the activations' type and multiplies those: more bytes than were saved. Here each program takes some
-output channels, walks along their input channels, and turns each piece of the weights into numbers in registers, from
-where the matrix units take them; rows that do not exist, of tiles of 16, 32 or 64, are zeros.
+Such a step reads every weight once, so it can only be as fast as memory; and integers of a byte or half of one come
+too fast to be turned into numbers one by one. So activations are integers, too (``rounding.py``), and one instruction
+multiplies four pairs of bytes and adds them up (dp4a). A program takes a few output channels and walks along their
+input channels: it asks for the next pieces of the weights before it multiplies the last, and for the first before the
+kernel in front has ended (``launch.py``). Each thread holds a piece of every channel, and meets it with that of one row
+after another. Nothing is split along the input channels between programs: no order of sums that could change.
 
-For many rows it is the other way round: weights that are used hundreds of times are better converted once (``widen``).
+Each further row is as much work again while the bytes stay the same, so from some number of rows on tiles of the matrix
+unit are faster (``tiles.py``).
 
-Nothing is split along the input channels between programs: no partial sums to add, no order that could change.
-
-Legend: M rows · N output channels · K input channels · P weights in a word
+Legend: M rows · N output channels · K input channels · P weights in a word (``words.py``) · G = K / 32 groups
 """
 
 from __future__ import annotations
@@ -20,130 +21,149 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from axon_llm.fast.gpu.around import gated_by
 from axon_llm.fast.gpu.launch import launch
-from axon_llm.fast.gpu.linear import FEW_ROWS
-from axon_llm.fast.gpu.words import weights_in_word
 
 
 @triton.jit
-def weight_of(words, j: tl.constexpr, P: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Byte, or half byte, j of each word as float32; half bytes as −8 … 7.
-
-    Turning integers into floats is slow: a processor that multiplies 128 numbers at once converts 16. So their bits
-    become the lower ones of a float's fraction, above which stands a large power of two, and that is subtracted.
-    """
-    BITS: tl.constexpr = 32 // P
-    w = ((words >> (BITS * j)) & ((1 << BITS) - 1)) ^ (0x80 if P == 4 else 0)
-    return (w | 0x4B000000).to(tl.float32, bitcast=True) - (8388608.0 + 128.0 if P == 4 else 8388608.0 + 8.0)
+def four_products(w, x, total, ASSEMBLED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """``total`` and the products of the four signed bytes of each word; Triton's interpreter knows no instructions."""
+    if ASSEMBLED:
+        w, x = tl.broadcast(w, x)
+        return tl.inline_asm_elementwise(
+            "dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r", [w, x, total], dtype=tl.int32, is_pure=True, pack=1
+        )
+    for b in tl.static_range(4):
+        total += ((w << (24 - 8 * b)) >> 24) * ((x << (24 - 8 * b)) >> 24)
+    return total
 
 
 @triton.jit
-def channel_of(word, j: tl.constexpr, P: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Which input channel that is."""
-    within = 4 * j if P == 4 else 4 * (j // 2) + 16 * (j % 2)
-    return word // 4 * (4 * P) + within + word % 4
+def piece_of(rows, t, PIECES: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Weights, which are read once: the first to leave a cache whose room the activations need."""
+    return tl.load(rows, mask=(t < PIECES)[:, None, None], other=0, eviction_policy="evict_first")
+
+
+@triton.jit
+def scale_and_middle(pairs):  # type: ignore[no-untyped-def]
+    """Of int4's groups, float32; with them ``w = q · scale + middle``, q in 0 … 15."""
+    scale = (pairs << 16).to(tl.float32, bitcast=True)
+    return scale, (pairs & -65536).to(tl.float32, bitcast=True) - 8.0 * scale
 
 
 @triton.jit(do_not_specialize=["M"])
 def few_rows(  # type: ignore[no-untyped-def]
-    x, words, scale, middle, out, M, N, K: tl.constexpr, P: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BW: tl.constexpr, DEPENDENT: tl.constexpr,
+    q, steps, sums, words, scale, bias, residual, out, M, N, K: tl.constexpr, P: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BT: tl.constexpr, AHEAD: tl.constexpr, GATED: tl.constexpr, BIASED: tl.constexpr,
+    ADDED: tl.constexpr, ASSEMBLED: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """BN output channels of up to BM rows, BW words of each channel at a time."""
-    WORDS: tl.constexpr = K // P
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
-    m, w = tl.arange(0, BM), tl.arange(0, BW)
-    if DEPENDENT:
-        gdc_launch_dependents()
-        gdc_wait()
-    total = tl.zeros((BN, BM), tl.float32)
-    channel = tl.minimum(n, N - 1).to(tl.int64)
-    for start in range(0, WORDS, BW):
-        inside = w + start < WORDS
-        here = tl.load(words + channel[:, None] * WORDS + (start + w)[None, :], mask=inside[None, :], other=0)
-        if P == 8:
-            g = start // 4 + tl.arange(0, BW // 4)
-            at, there = channel[:, None] * (WORDS // 4) + g[None, :], (g < WORDS // 4)[None, :]
-            s = tl.load(scale + at, mask=there, other=0.0).to(tl.float32)
-            z = tl.load(middle + at, mask=there, other=0.0).to(tl.float32)
-            s = tl.reshape(tl.broadcast_to(s[:, :, None], (BN, BW // 4, 4)), (BN, BW))
-            z = tl.reshape(tl.broadcast_to(z[:, :, None], (BN, BW // 4, 4)), (BN, BW))
-        for j in tl.static_range(P):
-            k = channel_of(start + w, j, P)
-            a = tl.load(x + m[None, :] * K + k[:, None], mask=(m < M)[None, :] & inside[:, None], other=0.0)
-            weight = weight_of(here, j, P)
-            if P == 8:
-                weight = weight * s + z
-            total = tl.dot(weight.to(a.dtype), a, total, input_precision="ieee")
-    if P == 4:
-        total *= tl.load(scale + channel)[:, None]
-    there = (m[None, :] < M) & (n[:, None] < N)
-    tl.store(out + m[None, :] * N + n[:, None], total.to(out.dtype.element_ty), mask=there)
-
-
-@triton.jit
-def widen_rows(  # type: ignore[no-untyped-def]
-    words, scale, middle, out, K: tl.constexpr, P: tl.constexpr, BT: tl.constexpr, DEPENDENT: tl.constexpr
-):
-    """BT pieces of one channel's words as numbers."""
+    """BN output channels of up to BM rows, BT pieces of each at a time; gated, BN / 2 of ``silu(gate) · up``."""
     PIECES: tl.constexpr = K // (4 * P)
-    channel = tl.program_id(0).to(tl.int64)
-    t, i = tl.program_id(1) * BT + tl.arange(0, BT), tl.arange(0, 4)
-    inside = t < PIECES
+    b, t, i = tl.arange(0, BN), tl.arange(0, BT), tl.arange(0, 4)
+    n = tl.program_id(0) * BN + b
+    channel = tl.minimum(n, N - 1)
+    if GATED:  # rows of gate and rows of up, in turn
+        channel = tl.minimum(n // 2, N - 1) + n % 2 * N
+    # Pieces before channels: so a warp's threads take neighbouring pieces of one channel, here as in a row.
+    piece = channel.to(tl.int64)[None, :] * PIECES + t[:, None]
+    rows = words + piece[:, :, None] * 4 + i[None, None, :]
+    ahead = piece_of(rows, t, PIECES)
+    if AHEAD == 2:
+        further = piece_of(rows + BT * 4, t + BT, PIECES)
     if DEPENDENT:
         gdc_launch_dependents()
         gdc_wait()
-    piece = channel * PIECES + t
-    here = tl.load(words + piece[:, None] * 4 + i[None, :], mask=inside[:, None], other=0)
-    if P == 4:
-        s = tl.load(scale + channel) + tl.zeros((BT,), tl.float32)
-    else:
-        s = tl.load(scale + piece, mask=inside, other=0.0).to(tl.float32)
-        z = tl.load(middle + piece, mask=inside, other=0.0).to(tl.float32)
-    for j in tl.static_range(P):
-        weight = weight_of(here, j, P)
-        weight = weight * s[:, None] if P == 4 else weight * s[:, None] + z[:, None]
-        at = out + channel * K + channel_of(t[:, None] * 4 + i[None, :], j, P)
-        tl.store(at, weight.to(out.dtype.element_ty), mask=inside[:, None])
+    totals = ()
+    for _ in tl.static_range(BM):
+        nothing = tl.zeros((BT, BN, 4), tl.int32) if P == 4 else tl.zeros((BT, BN), tl.float32)
+        totals += (nothing,)  # type: ignore[assignment]
+    for start in range(0, PIECES, BT):
+        here, following = ahead, start + AHEAD * BT
+        if AHEAD == 2:
+            ahead = further
+            further = piece_of(rows + following * 4, t + following, PIECES)
+        else:
+            ahead = piece_of(rows + following * 4, t + following, PIECES)
+        inside = t + start < PIECES
+        if P == 8:
+            pairs = tl.load(scale + piece + start, mask=inside[:, None], other=0)
+            s, z = scale_and_middle(pairs)
+            low, high = here & 0x0F0F0F0F, (here >> 4) & 0x0F0F0F0F
+        sums_so_far = ()
+        for m in tl.static_range(BM):
+            at = tl.minimum(m, M - 1) * PIECES + t + start
+            word = q + at[:, None] * P + i[None, :]
+            x = tl.load(word, mask=inside[:, None], other=0)[:, None, :]
+            if P == 4:
+                total = four_products(here, x, totals[m], ASSEMBLED)
+            else:
+                y = tl.load(word + 4, mask=inside[:, None], other=0)[:, None, :]
+                found = four_products(low, x, tl.zeros((BT, BN, 4), tl.int32), ASSEMBLED)
+                found = tl.sum(four_products(high, y, found, ASSEMBLED), axis=2).to(tl.float32)
+                step = tl.load(steps + at, mask=inside, other=0.0)[:, None]
+                sum_ = tl.load(sums + at, mask=inside, other=0.0)[:, None]
+                total = totals[m] + (found * step * s + sum_ * z)
+            sums_so_far += (total,)  # type: ignore[assignment]
+        totals = sums_so_far
+    for m in tl.static_range(BM):
+        if P == 4:
+            y = tl.sum(tl.sum(totals[m], axis=2), axis=0).to(tl.float32)
+            y *= tl.load(steps + tl.minimum(m, M - 1)) * tl.load(scale + channel)
+        else:
+            y = tl.sum(totals[m], axis=0)
+        to = n
+        if BIASED:
+            y += tl.load(bias + channel).to(tl.float32)
+        if GATED:
+            gate, up = tl.split(tl.reshape(y.to(out.dtype.element_ty).to(tl.float32), (BN // 2, 2)))
+            y = gated_by(gate, up)
+            to = tl.program_id(0) * (BN // 2) + tl.arange(0, BN // 2)
+        there = (to < N) & (m < M)
+        to = tl.minimum(m, M - 1).to(tl.int64) * N + to
+        if ADDED:
+            y = y.to(out.dtype.element_ty).to(tl.float32) + tl.load(residual + to, mask=there, other=0.0).to(tl.float32)
+        tl.store(out + to, y.to(out.dtype.element_ty), mask=there)
 
 
-def few_rows_product(x: Tensor, words: Tensor, scale: Tensor, middle: Tensor | None) -> Tensor:
-    """Rows ``[M, K]`` times quantised weights of N channels → ``[M, N]`` in x's dtype.
+def few_rows_product(
+    q: Tensor,
+    steps: Tensor,
+    sums: Tensor | None,
+    words: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    gated: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Rounded rows times quantised weights of N channels → ``[M, N]``, or of 2 · N, gate first: ``silu(gate) · up``.
 
     Args:
-        x: at most ``FEW_ROWS`` rows, contiguous.
-        words: int32 ``[N, K / P]``, see ``words.py``.
-        scale: float32 ``[N]`` for int8, ``[N, K / 32]`` for int4.
-        middle: ``[N, K / 32]`` for int4.
-    """
-    (M, K), N = x.shape, words.shape[0]
-    out = torch.empty(M, N, device=x.device, dtype=x.dtype)
-    tile = 16 if M <= 16 else 32 if M <= 32 else FEW_ROWS
-    P = weights_in_word(words, K)
-    sizes = {"BN": 64, "BW": 64, "stages": 3} if P == 4 else {"BN": 64, "BW": 32, "stages": 4}
-    if x.dtype.itemsize > 2 or tile > 32:
-        sizes = {"BN": 32, "BW": 32, "stages": 3}
-    launch(
-        few_rows, (triton.cdiv(N, sizes["BN"]),), x.device,
-        x, words, scale, middle, out, M, N, K, P, BM=tile, warps=4, **sizes,
-    )  # fmt: skip
-    return out
-
-
-def widen(words: Tensor, scale: Tensor, middle: Tensor | None, inputs: int, dtype: torch.dtype) -> Tensor:
-    """Quantised weights as numbers, ``[N, K]``.
-
-    Args:
-        words: int32 ``[N, K / P]``, see ``words.py``.
-        scale: as for :func:`few_rows_product`, and so is the next.
-        middle: see there.
-        inputs: K.
+        q: int8 ``[M, K]`` in the order of words.
+        steps: float32 ``[M]`` for int8, ``[M, G]`` for int4.
+        sums: ``[M, G]`` for int4.
+        words: int32 ``[N, K / P]``.
+        scale: float32 ``[N]`` for int8, pairs ``[N, G]`` for int4.
+        bias: ``[N]``.
+        residual: ``[M, N]``, added to the result.
+        gated: see above.
         dtype: of the result.
     """
-    N, P = words.shape[0], weights_in_word(words, inputs)
-    out = torch.empty(N, inputs, device=words.device, dtype=dtype)
+    (M, K), channels = q.shape, words.shape[0]
+    N, P = channels // 2 if gated else channels, K // words.shape[1]
+    out = torch.empty(M, N, device=q.device, dtype=dtype)
+    rows = triton.next_power_of_2(M)
+    sizes = sizes_for(K // (4 * P), P, rows)
     launch(
-        widen_rows, (N, triton.cdiv(inputs // (4 * P), 128)), words.device,
-        words, scale, middle, out, inputs, P, BT=128, warps=4,
+        few_rows, (triton.cdiv(channels, sizes["BN"]),), q.device,
+        q.view(torch.int32), steps, sums, words, scale, bias, residual, out, M, N, K, P, BM=rows, GATED=gated,
+        BIASED=bias is not None, ADDED=residual is not None, ASSEMBLED=q.device.type == "cuda", **sizes,
     )  # fmt: skip
     return out
+
+
+def sizes_for(pieces: int, P: int, rows: int) -> dict[str, int]:
+    """Output channels of a program, pieces at a time and ahead, warps."""
+    most = 4 if pieces > 64 else 2 if pieces > 32 else 1
+    warps = min(most, 2 if rows > 2 else 4)
+    return {"BN": 4 if P == 4 and rows == 1 else 8, "BT": 32 * warps, "AHEAD": 2 if rows < 4 else 1, "warps": warps}

@@ -23,6 +23,22 @@ def dependent(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
+@cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@cache
+def stages_for(device: torch.device, size: int, most: int, beside: int = 0) -> int:
+    """Loads of ``size`` bytes that can be under way in a loop, beside others: as many as have shared memory."""
+    if device.type != "cuda":
+        return 1
+    properties = torch.cuda.get_device_properties(device)
+    shared: int = getattr(properties, "shared_memory_per_block_optin", 48 << 10)  # its stubs do not know it
+    return max(1, min(most, (shared - beside) // size))
+
+
 def launch(
     kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments: Any, warps: int, stages: int = 3, **sizes: Any
 ) -> None:

@@ -1,101 +1,196 @@
-"""A linear layer on a GPU whose weights are read as words by the kernels beside this file."""
+"""Linear layers on a GPU, multiplied by the kernels beside this file.
+
+A block asks for four things: a product, one of a normed row, one added to the stream, and ``silu(gate) · up``. What of
+it one kernel does, and which, depends on the weights and on the number of rows.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from axon_llm.fast.gpu.operators import gpu_kernels
-from axon_llm.fast.gpu.words import PIECES, to_words, weights_in_word
+from axon_llm.fast.gpu.words import PIECES, to_pairs, to_words
 from axon_llm.fast.linear import FastLinear
 
-FEW_ROWS = 64  # that quantised weights are multiplied by as they are
-_KINDS = {1: "plain-triton", 4: "int8-triton", 8: "int4-triton"}
+# Rows from which on there is a faster way, measured on an H200.
+INT8_IN_TILES, INT4_IN_TILES, INT4_WIDENED = 2, 5, 65
 
 
 class GpuLinear(FastLinear):
-    """A linear layer on a GPU: as stored, int8 with a scale per output channel, or int4 in groups of 32.
-
-    One row is multiplied by ``one_row.py``, and a few by quantised weights by ``few_rows.py``. The rest is cuBLAS, for
-    which quantised weights are converted first: a copy in the activations' type.
+    """Weights as stored. One row is multiplied by ``one_row.py``, more are by cuBLAS.
 
     Args:
-        words: ``[N, K / P]``, see ``words.py``.
-        inputs: K.
-        scale: float32 ``[N]`` for int8, ``[N, K / 32]`` for int4.
-        middle: ``[N, K / 32]`` for int4.
+        weight: ``[N, K]``, K a multiple of 8.
         bias: ``[N]`` or ``None``.
     """
 
-    norms_rows = True  # a norm in front of one row costs nothing
-    words: Tensor
-    scale: Tensor | None
-    middle: Tensor | None
+    kind = "plain-triton"
+    piece = 8  # input channels that there must be a multiple of
+    weight: Tensor
 
-    def __init__(
-        self,
-        words: Tensor,
-        inputs: int,
-        scale: Tensor | None = None,
-        middle: Tensor | None = None,
-        bias: Tensor | None = None,
-    ) -> None:
-        super().__init__(inputs, words.shape[0])
-        self.register_buffer("words", words.contiguous())
-        self.register_buffer("scale", None if scale is None else scale.contiguous())
-        self.register_buffer("middle", None if middle is None else middle.contiguous())
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        super().__init__(weight.shape[1], weight.shape[0])
+        self.register_buffer("weight", weight.contiguous())
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
-        self.in_word = weights_in_word(words, inputs)
-        self.kind = _KINDS[self.in_word]
 
     @classmethod
     def where_it_suits(cls, values: tuple[Tensor, ...], bias: Tensor | None) -> GpuLinear | None:
         """One for weights ``[N, K]``, or quantised values and their scales, if there can be one."""
         weight = values[0]
-        piece = {torch.int8: PIECES["int8"], torch.uint8: PIECES["int4"]}.get(weight.dtype, 8)
-        if weight.device.type != "cuda" or weight.shape[1] % piece or not gpu_kernels():
+        kinds = {torch.int8: GpuInt8Linear, torch.uint8: GpuInt4Linear}
+        kind: Any = kinds[weight.dtype] if len(values) > 1 else GpuLinear
+        if weight.device.type != "cuda" or weight.shape[1] % kind.piece or not gpu_kernels():
             return None
-        words = to_words(weight) if len(values) > 1 else weight.detach()
-        scale, middle = (*values[1:], None, None)[:2]
-        return cls(words, weight.shape[1], scale, middle, bias)
+        linear: GpuLinear = kind(*(each.detach() for each in values), bias)
+        return linear
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` ``[…, K]`` → ``[…, N]`` in x's dtype."""
-        rows = x.numel() // self.in_features
-        if rows == 1:
-            return self.row(x)
-        if self.in_word > 1:  # one row is rounded on the way
-            x = torch.ops.axon.round_pieces(x, 4 * self.in_word)
-        if self.in_word > 1 and rows <= FEW_ROWS:
-            flat = x.reshape(-1, self.in_features)
-            y: Tensor = torch.ops.axon.few_rows_product(flat, self.words, self.scale, self.middle)
-            y = y.view(*x.shape[:-1], self.out_features)
-            return y if self.bias is None else y + self.bias
-        return F.linear(x, self.weight(x.dtype), self.bias)
+        if x.numel() == self.in_features:
+            return self._row(x)
+        return F.linear(x, self.weight, self.bias)
+
+    def normed(self, x: Tensor, norm: Tensor, eps: float) -> Tensor:
+        """The same of ``x`` normed with ``norm`` ``[K]``."""
+        if x.numel() == self.in_features:
+            return self._row(x, norm, eps)
+        return self(torch.ops.axon.gpu_norm(x, norm, eps))
 
     def add(self, x: Tensor, residual: Tensor) -> Tensor:
-        """``residual + self(x)``, in one call where there is one for that."""
+        """``residual + self(x)``."""
         if x.numel() == self.in_features:
-            return self.row(x, residual=residual)
-        if self.in_word == 1 and self.bias is None:
-            y = torch.addmm(residual.flatten(0, -2), x.flatten(0, -2), self.words.t())
-            return y.view(residual.shape)
+            return self._row(x, residual=residual)
+        if self.bias is None:
+            return torch.addmm(residual.flatten(0, -2), x.flatten(0, -2), self.weight.t()).view(residual.shape)
         return residual + self(x)
 
-    def row(self, x: Tensor, norm: Tensor | None = None, eps: float = 0.0, residual: Tensor | None = None) -> Tensor:
-        """A single row, normed first and added to another, where those are given."""
-        y: Tensor = torch.ops.axon.row_product(x, norm, eps, self.words, self.scale, self.middle, self.bias, residual)
+    def gated(self, x: Tensor, norm: Tensor, eps: float) -> Tensor:
+        """``silu(gate) · up`` ``[…, N / 2]`` of ``x`` normed, where these weights are gate's and then up's."""
+        y: Tensor
+        if x.numel() == self.in_features and self.bias is None:
+            y = torch.ops.axon.row_gated(x, norm, eps, self.weight)
+        else:
+            y = torch.ops.axon.gpu_gate(self.normed(x, norm, eps))
         return y
 
-    def weight(self, dtype: torch.dtype) -> Tensor:
-        """The weights as numbers, ``[N, K]``."""
-        if self.in_word == 1:
-            return self.words
-        w: Tensor = torch.ops.axon.widen(self.words, self.scale, self.middle, self.in_features, dtype)
-        return w
+    def _row(self, x: Tensor, norm: Tensor | None = None, eps: float = 0.0, residual: Tensor | None = None) -> Tensor:
+        y: Tensor = torch.ops.axon.row_product(x, norm, eps, self.weight, None, self.bias, residual)
+        return y
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of words, scales and middles."""
-        return sum(part.nbytes for part in (self.words, self.scale, self.middle) if part is not None)
+        """Bytes of weights and scales."""
+        return sum(part.nbytes for part in self.buffers())
+
+
+class _GpuIntegerLinear(GpuLinear):
+    """What int8 and int4 share: every product is of rounded rows, with what surrounds it."""
+
+    def __init__(self, words: Tensor, scale: Tensor, inputs: int, bias: Tensor | None) -> None:
+        FastLinear.__init__(self, inputs, words.shape[0])
+        self.register_buffer("words", words)
+        self.register_buffer("scale", scale)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` ``[…, K]`` → ``[…, N]`` in x's dtype."""
+        return self._product(x)
+
+    def normed(self, x: Tensor, norm: Tensor, eps: float) -> Tensor:
+        """The same of ``x`` normed with ``norm`` ``[K]``."""
+        return self._product(x, norm, eps)
+
+    def add(self, x: Tensor, residual: Tensor) -> Tensor:
+        """``residual + self(x)``."""
+        return self._product(x, residual=residual)
+
+    def gated(self, x: Tensor, norm: Tensor, eps: float) -> Tensor:
+        """``silu(gate) · up`` ``[…, N / 2]`` of ``x`` normed, where these weights are gate's and then up's."""
+        return self._product(x, norm, eps, gated=True)
+
+    def _product(
+        self,
+        x: Tensor,
+        norm: Tensor | None = None,
+        eps: float = 0.0,
+        residual: Tensor | None = None,
+        gated: bool = False,
+    ) -> Tensor:
+        raise NotImplementedError
+
+
+class GpuInt8Linear(_GpuIntegerLinear):
+    """int8 weights with a scale per output channel, and rows rounded to int8 with one scale each.
+
+    Sums are integers, so a row's result is the same to the last bit whatever rows are computed with it.
+
+    Args:
+        q: ``[N, K]`` int8, K a multiple of 16.
+        scale: ``[N]`` float32.
+        bias: ``[N]`` or ``None``.
+    """
+
+    kind = "int8-triton"
+    piece = PIECES["int8"]
+
+    def __init__(self, q: Tensor, scale: Tensor, bias: Tensor | None = None) -> None:
+        super().__init__(to_words(q), scale.float().contiguous(), q.shape[1], bias)
+
+    def _product(
+        self,
+        x: Tensor,
+        norm: Tensor | None = None,
+        eps: float = 0.0,
+        residual: Tensor | None = None,
+        gated: bool = False,
+    ) -> Tensor:
+        q, steps = torch.ops.axon.round_rows(x, norm, eps)
+        product = torch.ops.axon.gpu_int8_tiles if q.shape[0] >= INT8_IN_TILES else torch.ops.axon.gpu_few_rows
+        y: Tensor = product(q, steps, None, self.words, self.scale, self.bias, residual, gated, x.dtype)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+
+class GpuInt4Linear(_GpuIntegerLinear):
+    """int4 weights with a scale and a middle per group of 32, and rows rounded to int8 with a scale per group.
+
+    For many rows the weights are converted first: a copy in the activations' type, which cuBLAS multiplies.
+
+    Args:
+        q: ``[N, K]`` uint8, 0 … 15, K a multiple of 32.
+        scale: ``[N, K / 32]``.
+        middle: ``[N, K / 32]``.
+        bias: ``[N]`` or ``None``.
+    """
+
+    kind = "int4-triton"
+    piece = PIECES["int4"]
+
+    def __init__(self, q: Tensor, scale: Tensor, middle: Tensor, bias: Tensor | None = None) -> None:
+        super().__init__(to_words(q), to_pairs(scale, middle), q.shape[1], bias)
+
+    def _product(
+        self,
+        x: Tensor,
+        norm: Tensor | None = None,
+        eps: float = 0.0,
+        residual: Tensor | None = None,
+        gated: bool = False,
+    ) -> Tensor:
+        rows = x.numel() // self.in_features
+        y: Tensor
+        if rows >= INT4_WIDENED:
+            normed = x if norm is None else torch.ops.axon.gpu_norm(x, norm, eps)
+            y = F.linear(
+                torch.ops.axon.as_in_groups(normed), torch.ops.axon.widen(self.words, self.scale, x.dtype), self.bias
+            )
+            y = torch.ops.axon.gpu_gate(y) if gated else y
+            return y if residual is None else residual + y
+        in_tiles = rows >= INT4_IN_TILES
+        product = torch.ops.axon.gpu_int4_tiles if in_tiles else torch.ops.axon.gpu_few_rows
+        rounded = torch.ops.axon.round_groups(x, norm, eps, in_tiles)
+        y = product(*rounded, self.words, self.scale, self.bias, residual, gated, x.dtype)
+        return y.view(*x.shape[:-1], y.shape[-1])

@@ -18,13 +18,21 @@ OLDEST = (8, 0)  # compute capability from which bfloat16 can be multiplied
 
 _library = torch.library.Library("axon", "FRAGMENT")
 _library.define(
-    "row_product(Tensor x, Tensor? norm, float eps, Tensor words, Tensor? scale, Tensor? middle, Tensor? bias,"
-    " Tensor? residual) -> Tensor"
+    "row_product(Tensor x, Tensor? norm, float eps, Tensor weight, Tensor? scale, Tensor? bias, Tensor? residual)"
+    " -> Tensor"
 )
-_library.define("row_gated(Tensor x, Tensor norm, float eps, Tensor words, Tensor? scale, Tensor? middle) -> Tensor")
-_library.define("few_rows_product(Tensor x, Tensor words, Tensor scale, Tensor? middle) -> Tensor")
+_library.define("row_gated(Tensor x, Tensor norm, float eps, Tensor weight) -> Tensor")
+for _name in ("gpu_few_rows", "gpu_int8_tiles", "gpu_int4_tiles"):
+    _library.define(
+        f"{_name}(Tensor q, Tensor steps, Tensor? sums, Tensor words, Tensor scale, Tensor? bias, Tensor? residual,"
+        " bool gated, ScalarType dtype) -> Tensor"
+    )
 _library.define("gpu_norm(Tensor x, Tensor weight, float eps) -> Tensor")
-_library.define("round_pieces(Tensor x, int piece) -> Tensor")
+_library.define("round_rows(Tensor x, Tensor? norm, float eps) -> (Tensor q, Tensor steps)")
+_library.define(
+    "round_groups(Tensor x, Tensor? norm, float eps, bool in_turn) -> (Tensor q, Tensor steps, Tensor sums)"
+)
+_library.define("as_in_groups(Tensor x) -> Tensor")
 _library.define("round_to_fp8(Tensor x) -> (Tensor, Tensor)")
 _library.define("as_in_fp8(Tensor x) -> Tensor")
 _library.define("gpu_gate(Tensor both) -> Tensor")
@@ -36,34 +44,58 @@ _library.define(
     "gpu_step(Tensor heads, Tensor? q_norm, Tensor? k_norm, float eps, Tensor cos, Tensor sin, Tensor positions,"
     " Tensor(a!) keys, Tensor(b!) values, int window) -> Tensor"
 )
-_library.define("widen(Tensor words, Tensor scale, Tensor? middle, int inputs, ScalarType dtype) -> Tensor")
+_library.define("widen(Tensor words, Tensor pairs, ScalarType dtype) -> Tensor")
 _library.define("gpu_attention(Tensor q, Tensor keys, Tensor values, Tensor positions, int window) -> Tensor")
 
 
 def row_product(
-    x: Tensor, norm: Tensor | None, eps: float, words: Tensor, scale: Tensor | None, middle: Tensor | None,
-    bias: Tensor | None, residual: Tensor | None,
+    x: Tensor, norm: Tensor | None, eps: float, weight: Tensor, scale: Tensor | None, bias: Tensor | None,
+    residual: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """See ``gpu/one_row.py``."""
     from axon_llm.fast.gpu import one_row
 
-    return one_row.row_product(x.contiguous(), norm, eps, words, scale, middle, bias, residual)
+    return one_row.row_product(x.contiguous(), norm, eps, weight, scale, bias, residual)
 
 
-def row_gated(
-    x: Tensor, norm: Tensor, eps: float, words: Tensor, scale: Tensor | None, middle: Tensor | None
-) -> Tensor:
+def row_gated(x: Tensor, norm: Tensor, eps: float, weight: Tensor) -> Tensor:
     """See ``gpu/one_row.py``."""
     from axon_llm.fast.gpu import one_row
 
-    return one_row.row_gated(x.contiguous(), norm, eps, words, scale, middle)
+    return one_row.row_gated(x.contiguous(), norm, eps, weight)
 
 
-def few_rows_product(x: Tensor, words: Tensor, scale: Tensor, middle: Tensor | None) -> Tensor:
+def gpu_few_rows(
+    q: Tensor, steps: Tensor, sums: Tensor | None, words: Tensor, scale: Tensor, bias: Tensor | None,
+    residual: Tensor | None, gated: bool, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
     """See ``gpu/few_rows.py``."""
     from axon_llm.fast.gpu import few_rows
 
-    return few_rows.few_rows_product(x.contiguous(), words, scale, middle)
+    stream = None if residual is None else residual.contiguous()
+    return few_rows.few_rows_product(q, steps, sums, words, scale, bias, stream, gated, dtype)
+
+
+def gpu_int8_tiles(
+    q: Tensor, steps: Tensor, sums: Tensor | None, words: Tensor, scale: Tensor, bias: Tensor | None,
+    residual: Tensor | None, gated: bool, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """See ``gpu/tiles.py``."""
+    from axon_llm.fast.gpu import tiles
+
+    stream = None if residual is None else residual.contiguous()
+    return tiles.int8_product(q, steps, words, scale, bias, stream, gated, dtype)
+
+
+def gpu_int4_tiles(
+    q: Tensor, steps: Tensor, sums: Tensor, words: Tensor, scale: Tensor, bias: Tensor | None,
+    residual: Tensor | None, gated: bool, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """See ``gpu/tiles.py``."""
+    from axon_llm.fast.gpu import tiles
+
+    stream = None if residual is None else residual.contiguous()
+    return tiles.int4_product(q, steps, sums, words, scale, bias, stream, gated, dtype)
 
 
 def gpu_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -73,11 +105,25 @@ def gpu_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return around.rms_norm(x.contiguous(), weight, eps)
 
 
-def round_pieces(x: Tensor, piece: int) -> Tensor:
+def round_rows(x: Tensor, norm: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     """See ``gpu/rounding.py``."""
     from axon_llm.fast.gpu import rounding
 
-    return rounding.round_pieces(x.contiguous(), piece)
+    return rounding.round_rows(x.contiguous(), norm, eps)
+
+
+def round_groups(x: Tensor, norm: Tensor | None, eps: float, in_turn: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """See ``gpu/rounding.py``."""
+    from axon_llm.fast.gpu import rounding
+
+    return rounding.round_groups(x.contiguous(), norm, eps, in_turn)
+
+
+def as_in_groups(x: Tensor) -> Tensor:
+    """See ``gpu/rounding.py``."""
+    from axon_llm.fast.gpu import rounding
+
+    return rounding.as_in_groups(x.contiguous())
 
 
 def as_in_fp8(x: Tensor) -> Tensor:
@@ -123,11 +169,11 @@ def gpu_step(
     return step.attention_step(*given, keys, values, window)
 
 
-def widen(words: Tensor, scale: Tensor, middle: Tensor | None, inputs: int, dtype: torch.dtype) -> Tensor:
-    """See ``gpu/few_rows.py``."""
-    from axon_llm.fast.gpu import few_rows
+def widen(words: Tensor, pairs: Tensor, dtype: torch.dtype) -> Tensor:
+    """See ``gpu/widen.py``."""
+    from axon_llm.fast.gpu import widen as widening
 
-    return few_rows.widen(words, scale, middle, inputs, dtype)
+    return widening.widen(words, pairs, dtype)
 
 
 def gpu_attention(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, window: int) -> Tensor:
@@ -142,7 +188,7 @@ def gpu_kernels() -> bool:
     """The kernels can be used: Triton is installed, the GPU is Nvidia's and not too old. Where not, stderr says so."""
     reason = ""
     try:
-        from axon_llm.fast.gpu import attention, few_rows, step  # noqa: F401
+        from axon_llm.fast.gpu import attention, step, tiles  # noqa: F401
     except ImportError as error:
         reason = str(error)
     if torch.version.hip is not None:
@@ -157,8 +203,8 @@ def gpu_kernels() -> bool:
 ON_GPU: dict[str, Callable[..., Any]] = {
     each.__name__: each
     for each in (
-        row_product, row_gated, few_rows_product, widen, round_pieces, round_to_fp8, as_in_fp8, gpu_norm, gpu_gate,
-        gpu_turn, gpu_step, gpu_attention,
+        row_product, row_gated, gpu_few_rows, gpu_int8_tiles, gpu_int4_tiles, widen, round_rows, round_groups,
+        as_in_groups, round_to_fp8, as_in_fp8, gpu_norm, gpu_gate, gpu_turn, gpu_step, gpu_attention,
     )
 }  # fmt: skip
 for _name, _kernel in ON_GPU.items():
@@ -167,22 +213,25 @@ for _name, _kernel in ON_GPU.items():
 
 @torch.library.register_fake("axon::row_product", lib=_library)
 def _row_product_shape(
-    x: Tensor, norm: Tensor | None, eps: float, words: Tensor, scale: Tensor | None, middle: Tensor | None,
-    bias: Tensor | None, residual: Tensor | None,
+    x: Tensor, norm: Tensor | None, eps: float, weight: Tensor, scale: Tensor | None, bias: Tensor | None,
+    residual: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    return x.new_empty(*x.shape[:-1], words.shape[0])
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
 @torch.library.register_fake("axon::row_gated", lib=_library)
-def _row_gated_shape(
-    x: Tensor, norm: Tensor, eps: float, words: Tensor, scale: Tensor | None, middle: Tensor | None
-) -> Tensor:
-    return x.new_empty(*x.shape[:-1], words.shape[0] // 2)
+def _row_gated_shape(x: Tensor, norm: Tensor, eps: float, weight: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0] // 2)
 
 
-@torch.library.register_fake("axon::few_rows_product", lib=_library)
-def _few_rows_product_shape(x: Tensor, words: Tensor, scale: Tensor, middle: Tensor | None) -> Tensor:
-    return x.new_empty(x.shape[0], words.shape[0])
+@torch.library.register_fake("axon::gpu_few_rows", lib=_library)
+@torch.library.register_fake("axon::gpu_int8_tiles", lib=_library)
+@torch.library.register_fake("axon::gpu_int4_tiles", lib=_library)
+def _integers_shape(
+    q: Tensor, steps: Tensor, sums: Tensor | None, words: Tensor, scale: Tensor, bias: Tensor | None,
+    residual: Tensor | None, gated: bool, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    return q.new_empty(q.shape[0], words.shape[0] // (2 if gated else 1), dtype=dtype)
 
 
 @torch.library.register_fake("axon::gpu_norm", lib=_library)
@@ -190,8 +239,21 @@ def _gpu_norm_shape(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x.new_empty(x.shape)
 
 
-@torch.library.register_fake("axon::round_pieces", lib=_library)
-def _round_pieces_shape(x: Tensor, piece: int) -> Tensor:
+@torch.library.register_fake("axon::round_rows", lib=_library)
+def _round_rows_shape(x: Tensor, norm: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    rows = x.numel() // x.shape[-1]
+    return x.new_empty(rows, x.shape[-1], dtype=torch.int8), x.new_empty(rows, dtype=torch.float32)
+
+
+@torch.library.register_fake("axon::round_groups", lib=_library)
+def _round_groups_shape(x: Tensor, norm: Tensor | None, eps: float, in_turn: bool) -> tuple[Tensor, Tensor, Tensor]:
+    rows, groups = x.numel() // x.shape[-1], x.shape[-1] // 32
+    steps, sums = (x.new_empty(rows, groups, dtype=torch.float32) for _ in range(2))
+    return x.new_empty(rows, x.shape[-1], dtype=torch.int8), steps, sums
+
+
+@torch.library.register_fake("axon::as_in_groups", lib=_library)
+def _as_in_groups_shape(x: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
@@ -227,8 +289,8 @@ def _gpu_step_shape(
 
 
 @torch.library.register_fake("axon::widen", lib=_library)
-def _widen_shape(words: Tensor, scale: Tensor, middle: Tensor | None, inputs: int, dtype: torch.dtype) -> Tensor:
-    return words.new_empty(words.shape[0], inputs, dtype=dtype)
+def _widen_shape(words: Tensor, pairs: Tensor, dtype: torch.dtype) -> Tensor:
+    return words.new_empty(words.shape[0], words.shape[1] * 8, dtype=dtype)
 
 
 @torch.library.register_fake("axon::gpu_attention", lib=_library)

@@ -1,10 +1,17 @@
-"""Rounding of activations on a GPU, to int8 by pieces and to fp8 by rows.
+"""Rounding of activations on a GPU: what quantised weights are multiplied by, whatever the number of rows.
 
-Quantised weights meet rounded activations whatever the number of rows, so that a row's result does not depend on its
-batch-mates by more than it does in bfloat16. One row is rounded inside its product with int8 and int4 weights
-(``one_row.py``); elsewhere these kernels do it before.
+* int8 and fp8 weights: one scale for a row, so that a row's result does not depend on its batch-mates. Sums of int8
+  are exact, in any order: there it is the same to the last bit.
+* int4 weights: one scale for a group of 32 channels, as the weights have, and the sum of what was rounded, which a
+  group's middle is multiplied by.
 
-Legend: R rows · K channels
+A norm in front is taken on the way, rounded as ``RMSNorm`` rounds.
+
+Rounded channels are stored in the order that the products meet them in. int8: as bytes of words (``words.py``). int4:
+the sixteen channels that are low halves of weights and then the sixteen high ones, both as in words, for products of
+words; or low and high in turn, for those of tiles.
+
+Legend: R rows · K channels · G = K / 32 groups
 """
 
 from __future__ import annotations
@@ -17,25 +24,88 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from axon_llm.fast.gpu.launch import launch
 
+INTEGERS = tl.constexpr(12582912.0)  # 1.5 · 2²³: a small number added to it is rounded, and stands in its lowest bits
+SHARES = 4  # programs that round a row in groups: one would have too much to do
+
 
 @triton.jit
-def _pieces(  # type: ignore[no-untyped-def]
-    x, out, COUNT, PIECE: tl.constexpr, BP: tl.constexpr, DEPENDENT: tl.constexpr
-):
-    """BP of COUNT pieces: each number to the nearest of 127 steps either way."""
-    p = tl.program_id(0).to(tl.int64) * BP + tl.arange(0, BP)
-    at = p[:, None] * PIECE + tl.arange(0, PIECE)[None, :]
-    if DEPENDENT:
-        gdc_launch_dependents()
-        gdc_wait()
-    a = tl.load(x + at, mask=(p < COUNT)[:, None], other=0.0).to(tl.float32)
-    largest = tl.max(tl.abs(a), axis=1)[:, None]
-    steps = (a * (127.0 / tl.maximum(largest, 1e-20)) + 12582912.0) - 12582912.0  # where only integers have room
-    tl.store(out + at, (steps * (largest / 127.0)).to(out.dtype.element_ty), mask=(p < COUNT)[:, None])
+def _normed(a, root, norm, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
+    """As ``RMSNorm`` rounds."""
+    return ((a * root).to(dtype).to(tl.float32) * norm).to(dtype).to(tl.float32)
 
 
 @triton.jit
 def _rows(  # type: ignore[no-untyped-def]
+    x, norm, eps, q, steps, K: tl.constexpr, BK: tl.constexpr, NORMED: tl.constexpr, DEPENDENT: tl.constexpr
+):
+    """One row as int8, in the order of words."""
+    k = tl.arange(0, BK)
+    row = tl.program_id(0).to(tl.int64)
+    if NORMED:
+        w = tl.load(norm + k, mask=k < K, other=0.0).to(tl.float32)
+    if DEPENDENT:
+        gdc_launch_dependents()
+        gdc_wait()
+    a = tl.load(x + row * K + k, mask=k < K, other=0.0).to(tl.float32)
+    if NORMED:
+        a = _normed(a, tl.rsqrt(tl.sum(a * a, axis=0) / K + eps), w, x.dtype.element_ty)
+    largest = tl.max(tl.abs(a), axis=0)
+    rounded = a * (127.0 / tl.maximum(largest, 1e-20)) + INTEGERS
+    at = k // 16 * 16 + k % 4 * 4 + k % 16 // 4
+    tl.store(q + row * K + at, rounded.to(tl.int32, bitcast=True).to(tl.int8), mask=k < K)
+    tl.store(steps + row, largest / 127.0 + tl.sum(a * 0.0, axis=0))  # what is not a number leaves a trace
+
+
+@triton.jit
+def _groups(  # type: ignore[no-untyped-def]
+    x, norm, eps, q, steps, sums, K: tl.constexpr, BG: tl.constexpr, SHARES: tl.constexpr, NORMED: tl.constexpr,
+    IN_TURN: tl.constexpr, DEPENDENT: tl.constexpr,
+):  # fmt: skip
+    """BG groups of one row as int8, one of SHARES shares of it."""
+    G: tl.constexpr = K // 32
+    row = tl.program_id(0).to(tl.int64)
+    g, c = tl.program_id(1) * BG + tl.arange(0, BG), tl.arange(0, 32)
+    k, inside = g[:, None] * 32 + c[None, :], (g < G)[:, None]
+    if NORMED:
+        w = tl.load(norm + k, mask=inside, other=0.0).to(tl.float32)
+    if DEPENDENT:
+        gdc_launch_dependents()
+        gdc_wait()
+    a = tl.load(x + row * K + k, mask=inside, other=0.0).to(tl.float32)
+    if NORMED:
+        whole = tl.arange(0, BG * SHARES * 32)
+        all_of_it = tl.load(x + row * K + whole, mask=whole < K, other=0.0).to(tl.float32)
+        a = _normed(a, tl.rsqrt(tl.sum(all_of_it * all_of_it, axis=0) / K + eps), w, x.dtype.element_ty)
+    largest = tl.max(tl.abs(a), axis=1)
+    rounded = a * (127.0 / tl.maximum(largest, 1e-20))[:, None] + INTEGERS
+    step = largest / 127.0 + tl.sum(a * 0.0, axis=1)
+    place = c % 4 * 4 + c % 16 // 4
+    place = 2 * place + c // 16 if IN_TURN else place + c // 16 * 16
+    tl.store(
+        q + row * K + g[:, None] * 32 + place[None, :], rounded.to(tl.int32, bitcast=True).to(tl.int8), mask=inside
+    )
+    tl.store(steps + row * G + g, step, mask=g < G)
+    tl.store(sums + row * G + g, tl.sum(rounded - INTEGERS, axis=1) * step, mask=g < G)
+
+
+@triton.jit
+def _as_in_groups(  # type: ignore[no-untyped-def]
+    x, out, COUNT, BG: tl.constexpr, DEPENDENT: tl.constexpr
+):
+    """BG of COUNT groups as the numbers that their int8 stand for."""
+    g = tl.program_id(0).to(tl.int64) * BG + tl.arange(0, BG)
+    at = g[:, None] * 32 + tl.arange(0, 32)[None, :]
+    if DEPENDENT:
+        gdc_launch_dependents()
+        gdc_wait()
+    a = tl.load(x + at, mask=(g < COUNT)[:, None], other=0.0).to(tl.float32)
+    largest = tl.max(tl.abs(a), axis=1)[:, None]
+    steps = (a * (127.0 / tl.maximum(largest, 1e-20)) + INTEGERS) - INTEGERS
+    tl.store(out + at, (steps * (largest / 127.0)).to(out.dtype.element_ty), mask=(g < COUNT)[:, None])
+
+
+@triton.jit
+def _fp8(  # type: ignore[no-untyped-def]
     x, q, scales, K: tl.constexpr, BK: tl.constexpr, NUMBERS: tl.constexpr, DEPENDENT: tl.constexpr
 ):
     """One row as e4m3 and a scale, or as the numbers that these stand for."""
@@ -54,11 +124,52 @@ def _rows(  # type: ignore[no-untyped-def]
         tl.store(scales + row, scale)
 
 
-def round_pieces(x: Tensor, piece: int) -> Tensor:
-    """``x`` ``[…, K]``, contiguous, every ``piece`` channels rounded to 127 steps either way; same shape and dtype."""
+def round_rows(x: Tensor, norm: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """Rows ``[…, K]`` as int8 ``[R, K]`` in the order of words, and steps ``[R]`` float32.
+
+    Args:
+        x: contiguous, K a multiple of 16.
+        norm: ``[K]``; rows are normed with it first.
+        eps: of the norm.
+    """
+    K = x.shape[-1]
+    q = torch.empty(x.numel() // K, K, device=x.device, dtype=torch.int8)
+    steps = torch.empty(q.shape[0], device=x.device, dtype=torch.float32)
+    size = triton.next_power_of_2(K)
+    launch(
+        _rows, (q.shape[0],), x.device,
+        x, norm, eps, q, steps, K, BK=size, NORMED=norm is not None, warps=4 if size <= 4096 else 8,
+    )  # fmt: skip
+    return q, steps
+
+
+def round_groups(x: Tensor, norm: Tensor | None, eps: float, in_turn: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows ``[…, K]`` as int8 ``[R, K]``, and steps and sums ``[R, G]`` float32.
+
+    Args:
+        x: contiguous, K a multiple of 32.
+        norm: ``[K]``; rows are normed with it first.
+        eps: of the norm.
+        in_turn: the order of tiles instead of that of words.
+    """
+    K = x.shape[-1]
+    q = torch.empty(x.numel() // K, K, device=x.device, dtype=torch.int8)
+    steps = torch.empty(q.shape[0], K // 32, device=x.device, dtype=torch.float32)
+    sums = torch.empty_like(steps)
+    groups = triton.next_power_of_2(triton.cdiv(K // 32, SHARES))
+    launch(
+        _groups, (q.shape[0], SHARES), x.device,
+        x, norm, eps, q, steps, sums, K, BG=groups, SHARES=SHARES, NORMED=norm is not None, IN_TURN=in_turn,
+        warps=min(8, max(1, groups // 8)),
+    )  # fmt: skip
+    return q, steps, sums
+
+
+def as_in_groups(x: Tensor) -> Tensor:
+    """``x`` ``[…, K]``, contiguous, rounded as :func:`round_groups` rounds it; same shape and dtype."""
     out = torch.empty_like(x)
-    count = x.numel() // piece
-    launch(_pieces, (triton.cdiv(count, 64),), x.device, x, out, count, PIECE=piece, BP=64, warps=4)
+    count = x.numel() // 32
+    launch(_as_in_groups, (triton.cdiv(count, 64),), x.device, x, out, count, BG=64, warps=4)
     return out
 
 
@@ -67,19 +178,19 @@ def round_to_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     R, K = x.shape
     q = torch.empty(R, K, device=x.device, dtype=torch.float8_e4m3fn)
     scales = torch.empty(R, 1, device=x.device, dtype=torch.float32)
-    _round(x, q, scales, numbers=False)
+    _round_to_fp8(x, q, scales, numbers=False)
     return q, scales
 
 
 def as_in_fp8(x: Tensor) -> Tensor:
     """Rows ``[…, K]``, contiguous, rounded as :func:`round_to_fp8` rounds them; same shape and dtype."""
     out = torch.empty_like(x)
-    _round(x, out, out, numbers=True)
+    _round_to_fp8(x, out, out, numbers=True)
     return out
 
 
-def _round(x: Tensor, q: Tensor, scales: Tensor, numbers: bool) -> None:
+def _round_to_fp8(x: Tensor, q: Tensor, scales: Tensor, numbers: bool) -> None:
     K = x.shape[-1]
     size = triton.next_power_of_2(K)
     warps = 4 if size <= 4096 else 8
-    launch(_rows, (x.numel() // K,), x.device, x, q, scales, K, BK=size, NUMBERS=numbers, warps=warps)
+    launch(_fp8, (x.numel() // K,), x.device, x, q, scales, K, BK=size, NUMBERS=numbers, warps=warps)

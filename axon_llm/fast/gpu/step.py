@@ -21,8 +21,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from axon_llm.fast.gpu.attention import LOG2_E, processors, splits_for, together
-from axon_llm.fast.gpu.launch import launch
+from axon_llm.fast.gpu.attention import LOG2_E, splits_for, together
+from axon_llm.fast.gpu.launch import launch, processors
 
 
 @triton.jit

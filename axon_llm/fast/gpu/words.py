@@ -1,10 +1,9 @@
 """The layout that the GPU kernels read quantised weights in: words of 32 bits, with four int8 or eight int4 in each.
 
 Four words are what a thread loads at once, a *piece*: 16 input channels of int8, 32 of int4, of which the latter are a
-group with a scale of its own. Byte b of word i is channel ``4·b + i`` of its piece; of int4 that is a byte's low half,
-and the high half is channel ``16 + 4·b + i``. So the activations that byte b of a piece's words meet are four
-neighbours, which are loaded at once, and words of rounded activations are put together without moving any between
-threads.
+group with a scale and a middle of its own. Byte b of word i is channel ``4·b + i`` of its piece; of int4 that is a
+byte's low half, and the high half is channel ``16 + 4·b + i``. Scale and middle of a group are the halves of a word,
+too, bfloat16 both, so that one load brings them.
 
 Legend: N output channels · K input channels · P weights in a word
 """
@@ -14,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-PIECES = {"int8": 16, "int4": 32}  # input channels of one, whose activations share a scale
+PIECES = {"int8": 16, "int4": 32}  # input channels of one
 
 
 def to_words(q: Tensor) -> Tensor:
@@ -41,6 +40,6 @@ def from_words(words: Tensor, P: int) -> Tensor:
     return torch.stack((bytes_ & 15, (bytes_ >> 4) & 15), dim=2).reshape(N, -1)
 
 
-def weights_in_word(words: Tensor, inputs: int) -> int:
-    """P, of words ``[N, K / P]`` for K inputs; 1 of weights that are numbers."""
-    return inputs // words.shape[1]
+def to_pairs(scale: Tensor, middle: Tensor) -> Tensor:
+    """Scales and middles of int4's groups, ``[N, K / 32]`` both, as int32 of the same shape: the scale below."""
+    return torch.stack((scale.bfloat16(), middle.bfloat16()), dim=-1).view(torch.int32)[..., 0].contiguous()
