@@ -58,8 +58,8 @@ class Mode:
 
 MODES = {
     "bf16": Mode(None, (1, 8, 64), prefilled=PREFILLED),
-    "int8": Mode("int8", (1, 8), prefilled=PREFILLED),
-    "int4": Mode("int4", (1, 8), prefilled=PREFILLED),
+    "int8": Mode("int8", (1, 8, 64), prefilled=PREFILLED),
+    "int4": Mode("int4", (1, 8, 64), prefilled=PREFILLED),
     "fp8": Mode("fp8", (1, 8), prefilled=PREFILLED),
     "context": Mode(depths=(DEPTH, FAR)),
     "compiled": Mode(compile=True),
@@ -166,7 +166,8 @@ def run_stage(stage: Stage, out: Path, deadline: float) -> int:
     """Run a stage's process; of modes that a crash left unbegun, another. The worst exit code, or 124 at the limit."""
     if not stage.shape:
         tests = ["-m", "pytest", "-c", os.devnull, "--rootdir", ".", "-q", "-rs", "-p", "no:cacheprovider", "tests/gpu"]
-        together = ["-n", "8"] if importlib.util.find_spec("xdist") else []
+        workers = str(max(1, min(12, (os.cpu_count() or 1) * 3 // 4)))  # a test mostly compiles kernels
+        together = ["-n", workers] if importlib.util.find_spec("xdist") else []
         return run_process(tests + together, deadline)
     worst, modes = 0, list(stage.modes)
     while modes:

@@ -80,7 +80,7 @@ with torch.inference_mode():
         assert torch.equal(words.from_words(in8.words, 4), int8[0])
         assert torch.equal(words.from_words(in4.words, 8), int4[0].to(torch.int8))
         close(widen.widen(in4.words, in4.scale, torch.float32), dequantise_int4(*int4))
-        for rows in (1, 3, 20, 70):
+        for rows in (1, 2, 4, 7, 20, 70):
             x = torch.randn(rows, inputs).to(dtype)
             both_ways(in8, x, dequantise_int8(*int8), inputs)
             both_ways(in4, x, dequantise_int4(*int4), 32)

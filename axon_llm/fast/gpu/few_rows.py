@@ -139,7 +139,7 @@ def few_rows_product(
     """Rounded rows times quantised weights of N channels → ``[M, N]``, or of 2 · N, gate first: ``silu(gate) · up``.
 
     Args:
-        q: int8 ``[M, K]`` in the order of words.
+        q: int8 ``[M, K]`` in the order of words, up to eight rows.
         steps: float32 ``[M]`` for int8, ``[M, G]`` for int4.
         sums: ``[M, G]`` for int4.
         words: int32 ``[N, K / P]``.
@@ -163,7 +163,9 @@ def few_rows_product(
 
 
 def sizes_for(pieces: int, P: int, rows: int) -> dict[str, int]:
-    """Output channels of a program, pieces at a time and ahead, warps."""
-    most = 4 if pieces > 64 else 2 if pieces > 32 else 1
-    warps = min(most, 2 if rows > 2 else 4)
-    return {"BN": 4 if P == 4 and rows == 1 else 8, "BT": 32 * warps, "AHEAD": 2 if rows < 4 else 1, "warps": warps}
+    """Output channels of a program, pieces at a time and ahead, warps. Measured on an H200."""
+    across, warps, ahead = {
+        1: (8, 4, 2), 2: (4 if P == 4 else 8, 2, 2), 4: (4, 2, 2) if P == 4 else (8, 2, 1), 8: (4, 1, 2),
+    }[rows]  # fmt: skip
+    warps = min(warps, triton.next_power_of_2(triton.cdiv(pieces, 32)))
+    return {"BN": across, "BT": 32 * warps, "AHEAD": ahead, "warps": warps}

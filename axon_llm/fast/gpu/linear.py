@@ -16,8 +16,8 @@ from axon_llm.fast.gpu.operators import gpu_kernels
 from axon_llm.fast.gpu.words import PIECES, to_pairs, to_words
 from axon_llm.fast.linear import FastLinear
 
-# Rows from which on there is a faster way, measured on an H200.
-INT8_IN_TILES, INT4_IN_TILES, INT4_WIDENED = 2, 5, 65
+# Rows that few_rows.py is the fastest for, measured on an H200.
+INT8_FEW, INT4_FEW = 4, 8
 
 
 class GpuLinear(FastLinear):
@@ -149,7 +149,7 @@ class GpuInt8Linear(_GpuIntegerLinear):
         gated: bool = False,
     ) -> Tensor:
         q, steps = torch.ops.axon.round_rows(x, norm, eps)
-        product = torch.ops.axon.gpu_int8_tiles if q.shape[0] >= INT8_IN_TILES else torch.ops.axon.gpu_few_rows
+        product = torch.ops.axon.gpu_few_rows if q.shape[0] <= INT8_FEW else torch.ops.axon.gpu_int8_tiles
         y: Tensor = product(q, steps, None, self.words, self.scale, self.bias, residual, gated, x.dtype)
         return y.view(*x.shape[:-1], y.shape[-1])
 
@@ -180,17 +180,13 @@ class GpuInt4Linear(_GpuIntegerLinear):
         residual: Tensor | None = None,
         gated: bool = False,
     ) -> Tensor:
-        rows = x.numel() // self.in_features
         y: Tensor
-        if rows >= INT4_WIDENED:
-            normed = x if norm is None else torch.ops.axon.gpu_norm(x, norm, eps)
-            y = F.linear(
-                torch.ops.axon.as_in_groups(normed), torch.ops.axon.widen(self.words, self.scale, x.dtype), self.bias
-            )
-            y = torch.ops.axon.gpu_gate(y) if gated else y
-            return y if residual is None else residual + y
-        in_tiles = rows >= INT4_IN_TILES
-        product = torch.ops.axon.gpu_int4_tiles if in_tiles else torch.ops.axon.gpu_few_rows
-        rounded = torch.ops.axon.round_groups(x, norm, eps, in_tiles)
-        y = product(*rounded, self.words, self.scale, self.bias, residual, gated, x.dtype)
-        return y.view(*x.shape[:-1], y.shape[-1])
+        if x.numel() <= INT4_FEW * self.in_features:
+            rounded = torch.ops.axon.round_groups(x, norm, eps)
+            y = torch.ops.axon.gpu_few_rows(*rounded, self.words, self.scale, self.bias, residual, gated, x.dtype)
+            return y.view(*x.shape[:-1], y.shape[-1])
+        normed = x if norm is None else torch.ops.axon.gpu_norm(x, norm, eps)
+        weight = torch.ops.axon.widen(self.words, self.scale, x.dtype)
+        y = F.linear(torch.ops.axon.as_in_groups(normed), weight, self.bias)
+        y = torch.ops.axon.gpu_gate(y) if gated else y
+        return y if residual is None else residual + y

@@ -22,16 +22,14 @@ _library.define(
     " -> Tensor"
 )
 _library.define("row_gated(Tensor x, Tensor norm, float eps, Tensor weight) -> Tensor")
-for _name in ("gpu_few_rows", "gpu_int8_tiles", "gpu_int4_tiles"):
+for _name in ("gpu_few_rows", "gpu_int8_tiles"):
     _library.define(
         f"{_name}(Tensor q, Tensor steps, Tensor? sums, Tensor words, Tensor scale, Tensor? bias, Tensor? residual,"
         " bool gated, ScalarType dtype) -> Tensor"
     )
 _library.define("gpu_norm(Tensor x, Tensor weight, float eps) -> Tensor")
 _library.define("round_rows(Tensor x, Tensor? norm, float eps) -> (Tensor q, Tensor steps)")
-_library.define(
-    "round_groups(Tensor x, Tensor? norm, float eps, bool in_turn) -> (Tensor q, Tensor steps, Tensor sums)"
-)
+_library.define("round_groups(Tensor x, Tensor? norm, float eps) -> (Tensor q, Tensor steps, Tensor sums)")
 _library.define("as_in_groups(Tensor x) -> Tensor")
 _library.define("round_to_fp8(Tensor x) -> (Tensor, Tensor)")
 _library.define("as_in_fp8(Tensor x) -> Tensor")
@@ -87,17 +85,6 @@ def gpu_int8_tiles(
     return tiles.int8_product(q, steps, words, scale, bias, stream, gated, dtype)
 
 
-def gpu_int4_tiles(
-    q: Tensor, steps: Tensor, sums: Tensor, words: Tensor, scale: Tensor, bias: Tensor | None,
-    residual: Tensor | None, gated: bool, dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    """See ``gpu/tiles.py``."""
-    from axon_llm.fast.gpu import tiles
-
-    stream = None if residual is None else residual.contiguous()
-    return tiles.int4_product(q, steps, sums, words, scale, bias, stream, gated, dtype)
-
-
 def gpu_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See ``gpu/around.py``."""
     from axon_llm.fast.gpu import around
@@ -112,11 +99,11 @@ def round_rows(x: Tensor, norm: Tensor | None, eps: float) -> tuple[Tensor, Tens
     return rounding.round_rows(x.contiguous(), norm, eps)
 
 
-def round_groups(x: Tensor, norm: Tensor | None, eps: float, in_turn: bool) -> tuple[Tensor, Tensor, Tensor]:
+def round_groups(x: Tensor, norm: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """See ``gpu/rounding.py``."""
     from axon_llm.fast.gpu import rounding
 
-    return rounding.round_groups(x.contiguous(), norm, eps, in_turn)
+    return rounding.round_groups(x.contiguous(), norm, eps)
 
 
 def as_in_groups(x: Tensor) -> Tensor:
@@ -203,7 +190,7 @@ def gpu_kernels() -> bool:
 ON_GPU: dict[str, Callable[..., Any]] = {
     each.__name__: each
     for each in (
-        row_product, row_gated, gpu_few_rows, gpu_int8_tiles, gpu_int4_tiles, widen, round_rows, round_groups,
+        row_product, row_gated, gpu_few_rows, gpu_int8_tiles, widen, round_rows, round_groups,
         as_in_groups, round_to_fp8, as_in_fp8, gpu_norm, gpu_gate, gpu_turn, gpu_step, gpu_attention,
     )
 }  # fmt: skip
@@ -226,7 +213,6 @@ def _row_gated_shape(x: Tensor, norm: Tensor, eps: float, weight: Tensor) -> Ten
 
 @torch.library.register_fake("axon::gpu_few_rows", lib=_library)
 @torch.library.register_fake("axon::gpu_int8_tiles", lib=_library)
-@torch.library.register_fake("axon::gpu_int4_tiles", lib=_library)
 def _integers_shape(
     q: Tensor, steps: Tensor, sums: Tensor | None, words: Tensor, scale: Tensor, bias: Tensor | None,
     residual: Tensor | None, gated: bool, dtype: torch.dtype,
@@ -246,7 +232,7 @@ def _round_rows_shape(x: Tensor, norm: Tensor | None, eps: float) -> tuple[Tenso
 
 
 @torch.library.register_fake("axon::round_groups", lib=_library)
-def _round_groups_shape(x: Tensor, norm: Tensor | None, eps: float, in_turn: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _round_groups_shape(x: Tensor, norm: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     rows, groups = x.numel() // x.shape[-1], x.shape[-1] // 32
     steps, sums = (x.new_empty(rows, groups, dtype=torch.float32) for _ in range(2))
     return x.new_empty(rows, x.shape[-1], dtype=torch.int8), steps, sums

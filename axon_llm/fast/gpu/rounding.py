@@ -7,9 +7,8 @@
 
 A norm in front is taken on the way, rounded as ``RMSNorm`` rounds.
 
-Rounded channels are stored in the order that the products meet them in. int8: as bytes of words (``words.py``). int4:
-the sixteen channels that are low halves of weights and then the sixteen high ones, both as in words, for products of
-words; or low and high in turn, for those of tiles.
+Rounded channels are stored in the order that the products meet them in: as bytes of words (``words.py``), of int4's
+groups first those that meet low halves of bytes.
 
 Legend: R rows · K channels · G = K / 32 groups
 """
@@ -58,14 +57,15 @@ def _rows(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _groups(  # type: ignore[no-untyped-def]
-    x, norm, eps, q, steps, sums, K: tl.constexpr, BG: tl.constexpr, SHARES: tl.constexpr, NORMED: tl.constexpr,
-    IN_TURN: tl.constexpr, DEPENDENT: tl.constexpr,
+    x, norm, eps, words, steps, sums, K: tl.constexpr, BG: tl.constexpr, SHARES: tl.constexpr, NORMED: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """BG groups of one row as int8, one of SHARES shares of it."""
     G: tl.constexpr = K // 32
     row = tl.program_id(0).to(tl.int64)
-    g, c = tl.program_id(1) * BG + tl.arange(0, BG), tl.arange(0, 32)
-    k, inside = g[:, None] * 32 + c[None, :], (g < G)[:, None]
+    g, i = tl.program_id(1) * BG + tl.arange(0, BG), tl.arange(0, 4)
+    inside = (g < G)[:, None]
+    k = g[:, None] * 32 + tl.arange(0, 32)[None, :]
     if NORMED:
         w = tl.load(norm + k, mask=inside, other=0.0).to(tl.float32)
     if DEPENDENT:
@@ -79,11 +79,10 @@ def _groups(  # type: ignore[no-untyped-def]
     largest = tl.max(tl.abs(a), axis=1)
     rounded = a * (127.0 / tl.maximum(largest, 1e-20))[:, None] + INTEGERS
     step = largest / 127.0 + tl.sum(a * 0.0, axis=1)
-    place = c % 4 * 4 + c % 16 // 4
-    place = 2 * place + c // 16 if IN_TURN else place + c // 16 * 16
-    tl.store(
-        q + row * K + g[:, None] * 32 + place[None, :], rounded.to(tl.int32, bitcast=True).to(tl.int8), mask=inside
-    )
+    bytes_ = tl.reshape(rounded.to(tl.int32, bitcast=True) & 0xFF, (BG, 2, 4, 4))  # [BG, half, b, i]
+    word = tl.sum(bytes_ << (8 * i)[None, None, :, None], axis=2)
+    at = row * (K // 4) + g[:, None, None] * 8 + tl.arange(0, 2)[None, :, None] * 4 + i[None, None, :]
+    tl.store(words + at, word, mask=inside[:, :, None])
     tl.store(steps + row * G + g, step, mask=g < G)
     tl.store(sums + row * G + g, tl.sum(rounded - INTEGERS, axis=1) * step, mask=g < G)
 
@@ -143,14 +142,13 @@ def round_rows(x: Tensor, norm: Tensor | None, eps: float) -> tuple[Tensor, Tens
     return q, steps
 
 
-def round_groups(x: Tensor, norm: Tensor | None, eps: float, in_turn: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows ``[…, K]`` as int8 ``[R, K]``, and steps and sums ``[R, G]`` float32.
+def round_groups(x: Tensor, norm: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows ``[…, K]`` as int8 ``[R, K]`` in the order of words, and steps and sums ``[R, G]`` float32.
 
     Args:
         x: contiguous, K a multiple of 32.
         norm: ``[K]``; rows are normed with it first.
         eps: of the norm.
-        in_turn: the order of tiles instead of that of words.
     """
     K = x.shape[-1]
     q = torch.empty(x.numel() // K, K, device=x.device, dtype=torch.int8)
@@ -159,8 +157,8 @@ def round_groups(x: Tensor, norm: Tensor | None, eps: float, in_turn: bool) -> t
     groups = triton.next_power_of_2(triton.cdiv(K // 32, SHARES))
     launch(
         _groups, (q.shape[0], SHARES), x.device,
-        x, norm, eps, q, steps, sums, K, BG=groups, SHARES=SHARES, NORMED=norm is not None, IN_TURN=in_turn,
-        warps=min(8, max(1, groups // 8)),
+        x, norm, eps, q.view(torch.int32), steps, sums, K, BG=groups, SHARES=SHARES, NORMED=norm is not None,
+        warps=min(16, max(1, groups // 8)),
     )  # fmt: skip
     return q, steps, sums
 
