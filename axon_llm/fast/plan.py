@@ -80,9 +80,12 @@ def choose(
     if device != "cpu":
         if quantize is None:
             return Plan("gpu", True, "one row: our own kernel (without Triton: cuBLAS); more: cuBLAS", "cuBLAS", width)
-        few = "our own kernels on the weights as stored, up to 64 rows (without Triton: converted, then cuBLAS)"
-        many = "converted, then cuBLAS"
-        return Plan("int8", True, few, many, 8) if quantize == "int8" else Plan("int4", True, few, many, 5)
+        widened = "widened, then cuBLAS"
+        if quantize == "int8":
+            how = f"our own kernels, activations rounded to int8 by row (without Triton: {widened})"
+            return Plan("int8", True, how, how, 8)
+        few = f"up to 8 rows: our own kernels, activations rounded to int8 by row and group of 32; more: {widened}"
+        return Plan("int4", True, few, widened, 5)
     strips = strips and dtype != "float16"
     tiles = products == "tiles"
     unit = ", by the matrix unit" if tiles else ""
