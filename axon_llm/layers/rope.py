@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from axon_llm.config import ModelConfig, RopeConfig
+from axon_llm.config import ModelConfig
+from axon_llm.rope_config import RopeConfig
 
 
 class Rope(nn.Module):

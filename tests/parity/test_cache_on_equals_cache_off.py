@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from axon_llm.cache import KVCache
-from axon_llm.config import ModelConfig, RopeConfig
+from axon_llm.config import ModelConfig
 from axon_llm.engine.generate import greedy
 from axon_llm.model import Transformer
+from axon_llm.rope_config import RopeConfig
 
 CONFIGS = {
     "GQA": ModelConfig(

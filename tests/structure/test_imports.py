@@ -16,6 +16,8 @@ FILES = sorted([*(ROOT / "axon_llm").rglob("*.py"), *(ROOT / "cli").glob("*.py")
 # The house, from the ground up. A file may import from its own floor and from those below.
 FLOORS = (
     ("axon_llm.errors",),
+    ("axon_llm.config_keys",),
+    ("axon_llm.rope_config",),
     ("axon_llm.config", "axon_llm.locate", "axon_llm.chat_template"),
     ("axon_llm.cache", "axon_llm.shapes", "axon_llm.tokenizer"),
     ("axon_llm.layers",),
@@ -29,6 +31,8 @@ FLOORS = (
 STANDARD_LIBRARY_ONLY = (
     "axon_llm.errors",
     "axon_llm.config",
+    "axon_llm.config_keys",
+    "axon_llm.rope_config",
     "axon_llm.shapes",
     "axon_llm.engine.params",
     "axon_llm.engine.events",

@@ -16,7 +16,7 @@ import torch
 from test_fast import CONFIG, QWEN, prefill_and_decode, random_model
 
 from axon_llm.cache import KVCache
-from axon_llm.config import ModelConfig, RopeConfig
+from axon_llm.config import ModelConfig
 from axon_llm.engine.sampling import likeliest
 from axon_llm.fast import accelerate, describe, native, ops
 from axon_llm.fast.attention import RopeAtOnce, attend_in_strips
@@ -39,6 +39,7 @@ from axon_llm.fast.strips import (
 from axon_llm.layers.attention import attend
 from axon_llm.layers.rope import Rope
 from axon_llm.model import Blocks, Transformer
+from axon_llm.rope_config import RopeConfig
 
 MISSING = sorted(set(native.NARROW) - native.processor_flags())
 kernels = pytest.mark.skipif(bool(MISSING), reason=f"this processor has no {', '.join(MISSING)}")
