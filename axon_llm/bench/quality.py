@@ -60,7 +60,10 @@ def round_activations(x: Tensor, piece: int) -> Tensor:
 
 
 def as_on_a_gpu(model: Transformer, quantize: str) -> Transformer:
-    """The readable model, its linears rounded as a GPU rounds weights and activations."""
+    """The readable model, weights and activations of its linears rounded as on a GPU, and then to their own type.
+
+    The second rounding a GPU does not do to what it multiplies as integers, so this is no better than it is there.
+    """
 
     def rounded(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Tensor]:
         return (round_activations(inputs[0], GROUP if quantize == "int4" else inputs[0].shape[-1]),)

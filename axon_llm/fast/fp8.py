@@ -53,40 +53,30 @@ class Fp8Linear(GpuLinear):
     """
 
     kind = "fp8"
+    weight: Tensor
     scale: Tensor
 
     def __init__(self, q: Tensor, scale: Tensor, bias: Tensor | None = None) -> None:
-        super().__init__(q, bias)
+        super().__init__(q.shape[1], q.shape[0], bias)
+        self.register_buffer("weight", q.contiguous())
         self.register_buffer("scale", scale.contiguous())
         self.kernels = gpu_kernels()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``x`` ``[…, K]`` bfloat16 → ``[…, N]``."""
+    def product(self, x: Tensor, norm: Tensor | None, eps: float, residual: Tensor | None, gated: bool) -> Tensor:
+        """See :meth:`axon_llm.fast.gpu.linear.GpuLinear.product`; ``x`` bfloat16."""
+        y: Tensor
+        x = x if norm is None else torch.ops.axon.gpu_norm(x, norm, eps)
         if self.kernels and x.numel() == self.in_features:
-            return self._row(torch.ops.axon.as_in_fp8(x))
-        rows = x.reshape(-1, self.in_features)
-        q, scale = torch.ops.axon.round_to_fp8(rows) if self.kernels else round_rows(rows)
-        y = torch._scaled_mm(
-            q, self.weight.t(), scale_a=scale, scale_b=self.scale[None], out_dtype=torch.bfloat16, use_fast_accum=True
-        )
-        y = y.view(*x.shape[:-1], self.out_features)
-        return y if self.bias is None else y + self.bias
-
-    def normed(self, x: Tensor, norm: Tensor, eps: float) -> Tensor:
-        """The same of ``x`` normed with ``norm`` ``[K]``."""
-        return self(torch.ops.axon.gpu_norm(x, norm, eps))
-
-    def add(self, x: Tensor, residual: Tensor) -> Tensor:
-        """``residual + self(x)``."""
-        if self.kernels and x.numel() == self.in_features:
-            return self._row(torch.ops.axon.as_in_fp8(x), residual=residual)
-        return residual + self(x)
-
-    def gated(self, x: Tensor, norm: Tensor, eps: float) -> Tensor:
-        """``silu(gate) · up`` of ``x`` normed, where these weights are gate's and then up's."""
-        y: Tensor = torch.ops.axon.gpu_gate(self.normed(x, norm, eps))
-        return y
-
-    def _row(self, x: Tensor, norm: Tensor | None = None, eps: float = 0.0, residual: Tensor | None = None) -> Tensor:
-        y: Tensor = torch.ops.axon.row_product(x, norm, eps, self.weight, self.scale, self.bias, residual)
-        return y
+            x = torch.ops.axon.as_in_fp8(x)
+            y = torch.ops.axon.row_product(x, None, 0.0, self.weight, self.scale, self.bias, residual)
+        else:
+            rows = x.reshape(-1, self.in_features)
+            q, scale = torch.ops.axon.round_to_fp8(rows) if self.kernels else round_rows(rows)
+            y = torch._scaled_mm(
+                q, self.weight.t(), scale_a=scale, scale_b=self.scale[None], out_dtype=torch.bfloat16,
+                use_fast_accum=True,
+            )  # fmt: skip
+            y = y.view(*x.shape[:-1], self.out_features)
+            y = y if self.bias is None else y + self.bias
+            y = y if residual is None else residual + y
+        return torch.ops.axon.gpu_gate(y) if gated else y

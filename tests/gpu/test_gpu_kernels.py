@@ -60,8 +60,8 @@ def test_logits_stay_those_of_the_cpu(rows: int, quantize: str | None, dtype: to
 @pytest.mark.parametrize(
     ("rows", "channels", "inputs"),
     [
-        (1, 96, 160), (1, 8256, 2048), (1, 2048, 8192), (2, 96, 160), (4, 2048, 8192), (7, 8256, 2048), (16, 96, 160),
-        (33, 2048, 8192), (64, 8256, 2048), (65, 96, 160), (300, 2048, 8192),
+        (1, 96, 160), (1, 8256, 2048), (1, 2048, 8192), (2, 96, 160), (4, 2048, 8192), (5, 96, 160), (8, 8256, 2048),
+        (9, 96, 160), (33, 2048, 8192), (64, 8256, 2048), (65, 96, 160), (300, 2048, 8192),
     ],
 )  # fmt: skip
 def test_products_are_those_of_what_the_weights_stand_for(
@@ -96,14 +96,33 @@ def test_products_are_those_of_what_the_weights_stand_for(
             assert float((found.double() - exact).norm() / exact.norm()) < tolerance
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("channels", "inputs"), [(96, 160), (4096, 14336)])
-def test_a_row_of_int8_is_the_same_to_the_last_bit_whatever_its_batch_mates(channels: int, inputs: int) -> None:
+def test_a_row_of_int8_is_the_same_to_the_last_bit_whatever_its_batch_mates(
+    channels: int, inputs: int, dtype: torch.dtype
+) -> None:
     torch.manual_seed(0)
-    linear = build("int8", quantise_int8(torch.randn(channels, inputs, device="cuda")), None)
-    x = torch.randn(600, inputs, device="cuda").bfloat16()
-    every = linear(x)
-    for rows in (1, 2, 7, 40, 100):
-        assert torch.equal(linear(x[3 : 3 + rows]), every[3 : 3 + rows])
+    bias, norm, stream, x = (
+        torch.randn(*shape, device="cuda").to(dtype)
+        for shape in ((channels,), (inputs,), (600, channels), (600, inputs))
+    )
+    linear = build("int8", quantise_int8(torch.randn(channels, inputs, device="cuda")), bias)
+    assert isinstance(linear, GpuLinear)
+
+    def every_way(rows: slice) -> tuple[torch.Tensor, ...]:
+        here = x[rows]
+        return (
+            linear(here),
+            linear.normed(here, norm, 1e-5),
+            linear.add(here, stream[rows]),
+            linear.gated(here, norm, 1e-5),
+        )
+
+    every = every_way(slice(0, 600))
+    for count in (1, 2, 5, 20, 40, 100):
+        rows = slice(3, 3 + count)
+        for found, of_all in zip(every_way(rows), every, strict=True):
+            assert torch.equal(found, of_all[rows])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -157,8 +176,9 @@ def test_what_is_not_a_number_stays_so() -> None:
     x[0, 77] = torch.nan
     weight = torch.randn(64, 320, device="cuda")
     for linear in (build("int8", quantise_int8(weight), None), build("int4", quantise_int4(weight), None)):
-        assert linear(x).isnan().all()
-        assert linear(x.expand(2, -1)).isnan().all()
+        for rows in (1, 2, 7, 20):
+            assert linear(x.expand(rows, -1)).isnan().all()
+            assert linear(x.nan_to_num(torch.inf).expand(rows, -1)).isnan().all()
 
 
 def test_with_triton_our_own_kernels_are_used() -> None:
@@ -177,7 +197,7 @@ def test_a_step_gives_the_same_numbers_every_time(quantize: str | None) -> None:
         head_dim=64, max_position_embeddings=512,
     )  # fmt: skip
     model = accelerate(tiny_model(config, scale=0.05).to("cuda", torch.bfloat16), quantize)
-    for rows in (1, 2):
+    for rows in (1, 2, 8, 16):
         runner = Runner(model, slots=rows, max_seq_len=400)
         runner.cache.k.normal_()  # so many positions that several programs share them
         runner.cache.v.normal_()
@@ -189,12 +209,16 @@ def test_a_step_gives_the_same_numbers_every_time(quantize: str | None) -> None:
 
 
 @pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("rows", [2, 16])
 @pytest.mark.parametrize("quantize", ["int8", "int4"])
-def test_quantised_steps_captured_give_the_tokens_of_the_same_model_uncaptured(quantize: str, compile: bool) -> None:
+def test_quantised_steps_captured_give_the_tokens_of_the_same_model_uncaptured(
+    quantize: str, rows: int, compile: bool
+) -> None:
     model = accelerate(tiny_model(CONFIG).cuda(), quantize)
-    runners = [Runner(model, slots=2, max_seq_len=48, compile=compile and on, capture=on) for on in (False, True)]
+    runners = [Runner(model, slots=rows, max_seq_len=48, compile=compile and on, capture=on) for on in (False, True)]
     for step in range(12):
-        exact, captured = (runner.decode([step, 7 * step], [step, step], 48).clone() for runner in runners)
+        tokens = [(7 * step + row) % CONFIG.vocab_size for row in range(rows)]
+        exact, captured = (runner.decode(tokens, [step] * rows, 48).clone() for runner in runners)
         torch.testing.assert_close(captured, exact, rtol=1e-3, atol=1e-3)
 
 

@@ -1,9 +1,8 @@
 """A block on a GPU in few kernels: five for the one row of a decode step, some more for others.
 
-One row: norm, query, key and value · all of attention · output and the stream · norm, gate, up and
-``silu(gate) · up`` · down and the stream. Quantised weights meet rounded rows, and so have a kernel in front of every
-product, which takes the norm along. In bfloat16 with more rows the norms and the gate are kernels of their own, between
-products that are cuBLAS's.
+One row in bfloat16: norm, query, key and value · all of attention · output and the stream · norm, gate, up and
+``silu(gate) · up`` · down and the stream. Integers meet rounded rows, and so have a kernel in front of every product,
+which takes the norm along. Otherwise, with more rows above all, norms and the gate are kernels of their own.
 
 No compiler is needed for that, so a step is ready as soon as it has been captured.
 

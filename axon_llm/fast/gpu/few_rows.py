@@ -7,8 +7,8 @@ input channels: it asks for the next pieces of the weights before it multiplies 
 kernel in front has ended (``launch.py``). Each thread holds a piece of every channel, and meets it with that of one row
 after another. Nothing is split along the input channels between programs: no order of sums that could change.
 
-Each further row is as much work again while the bytes stay the same, so from some number of rows on tiles of the matrix
-unit are faster (``tiles.py``).
+Each further row is as much work again while the bytes stay the same, so from some number of rows on something else is
+faster: tiles of the matrix unit for int8 (``tiles.py``), numbers and cuBLAS for int4 (``widen.py``).
 
 Legend: M rows · N output channels · K input channels · P weights in a word (``words.py``) · G = K / 32 groups
 """
@@ -23,6 +23,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from axon_llm.fast.gpu.around import gated_by
 from axon_llm.fast.gpu.launch import launch
+from axon_llm.fast.gpu.one_row import piece_of
 
 
 @triton.jit
@@ -36,12 +37,6 @@ def four_products(w, x, total, ASSEMBLED: tl.constexpr):  # type: ignore[no-unty
     for b in tl.static_range(4):
         total += ((w << (24 - 8 * b)) >> 24) * ((x << (24 - 8 * b)) >> 24)
     return total
-
-
-@triton.jit
-def piece_of(rows, t, PIECES: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Weights, which are read once: the first to leave a cache whose room the activations need."""
-    return tl.load(rows, mask=(t < PIECES)[:, None, None], other=0, eviction_policy="evict_first")
 
 
 @triton.jit
@@ -139,10 +134,10 @@ def few_rows_product(
     """Rounded rows times quantised weights of N channels → ``[M, N]``, or of 2 · N, gate first: ``silu(gate) · up``.
 
     Args:
-        q: int8 ``[M, K]`` in the order of words, up to eight rows.
+        q: int8 ``[M, K]`` in the order of words, up to four rows for int8 weights and up to eight for int4.
         steps: float32 ``[M]`` for int8, ``[M, G]`` for int4.
         sums: ``[M, G]`` for int4.
-        words: int32 ``[N, K / P]``.
+        words: int32 ``[N, K / P]``; gated, of 2 · N channels, as are the next two.
         scale: float32 ``[N]`` for int8, pairs ``[N, G]`` for int4.
         bias: ``[N]``.
         residual: ``[M, N]``, added to the result.
@@ -164,8 +159,8 @@ def few_rows_product(
 
 def sizes_for(pieces: int, P: int, rows: int) -> dict[str, int]:
     """Output channels of a program, pieces at a time and ahead, warps. Measured on an H200."""
-    across, warps, ahead = {
-        1: (8, 4, 2), 2: (4 if P == 4 else 8, 2, 2), 4: (4, 2, 2) if P == 4 else (8, 2, 1), 8: (4, 1, 2),
-    }[rows]  # fmt: skip
+    int8 = {1: (8, 4, 2), 2: (4, 2, 2), 4: (4, 2, 2)}
+    int4 = {1: (8, 4, 2), 2: (8, 2, 2), 4: (8, 2, 1), 8: (4, 1, 2)}
+    across, warps, ahead = (int8 if P == 4 else int4)[rows]
     warps = min(warps, triton.next_power_of_2(triton.cdiv(pieces, 32)))
     return {"BN": across, "BT": 32 * warps, "AHEAD": ahead, "warps": warps}

@@ -6,7 +6,8 @@ and waits for the first to come. But weights depend on no kernel. So each kernel
 come (``gdc_launch_dependents``): as soon as processors are free, its programs start and ask for weights, and only then
 wait until everything before them is written (``gdc_wait``).
 
-A kernel launched so must wait before it touches anything that another wrote, also if it only overwrites it.
+A kernel launched so must wait before it touches anything that another wrote, also if it only overwrites it. Where the
+compiler places the loads of a loop, as in tiles, the wait comes before all of them.
 """
 
 from __future__ import annotations

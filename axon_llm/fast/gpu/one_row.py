@@ -10,7 +10,7 @@ What surrounds a product costs no pass of its own. A norm's root belongs to the 
 ``Σ (x·g/r)·w = (Σ x·g·w) / r``, and Σ x² is added up on the way. Rows of gate and of up lie in one program, which so
 has both factors of what it writes. The stream is added to where a result is written.
 
-``few_rows.py`` is the same for quantised weights.
+``few_rows.py`` is the same for weights that are integers.
 
 Legend: N output channels · K input channels
 """
@@ -38,7 +38,7 @@ def _sums(  # type: ignore[no-untyped-def]
     # Pieces before channels: so a warp's threads take neighbouring pieces of one channel, here as in a row of x.
     piece = n.to(tl.int64)[None, :] * PIECES + t[:, None]
     rows = weight + piece[:, :, None] * 8 + i[None, None, :]
-    ahead = _piece(rows, t, PIECES)
+    ahead = piece_of(rows, t, PIECES)
     if DEPENDENT:
         gdc_launch_dependents()
         gdc_wait()
@@ -46,7 +46,7 @@ def _sums(  # type: ignore[no-untyped-def]
     squares = tl.zeros((BT, 8), tl.float32)
     for start in range(0, PIECES, BT):
         here = ahead
-        ahead = _piece(rows + (start + BT) * 8, t + start + BT, PIECES)
+        ahead = piece_of(rows + (start + BT) * 8, t + start + BT, PIECES)
         k = (t + start)[:, None] * 8 + i[None, :]
         a = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
         if NORMED:
@@ -58,7 +58,7 @@ def _sums(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _piece(rows, t, PIECES: tl.constexpr):  # type: ignore[no-untyped-def]
+def piece_of(rows, t, PIECES: tl.constexpr):  # type: ignore[no-untyped-def]
     """Weights, which are read once: the first to leave a cache whose room the activations need."""
     return tl.load(rows, mask=(t < PIECES)[:, None, None], other=0.0, eviction_policy="evict_first")
 

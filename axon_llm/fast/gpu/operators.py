@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from axon_llm.fast.gpu.shapes import SHAPES
+
 OLDEST = (8, 0)  # compute capability from which bfloat16 can be multiplied
 
 _library = torch.library.Library("axon", "FRAGMENT")
@@ -22,11 +24,9 @@ _library.define(
     " -> Tensor"
 )
 _library.define("row_gated(Tensor x, Tensor norm, float eps, Tensor weight) -> Tensor")
-for _name in ("gpu_few_rows", "gpu_int8_tiles"):
-    _library.define(
-        f"{_name}(Tensor q, Tensor steps, Tensor? sums, Tensor words, Tensor scale, Tensor? bias, Tensor? residual,"
-        " bool gated, ScalarType dtype) -> Tensor"
-    )
+_GIVEN = "Tensor words, Tensor scale, Tensor? bias, Tensor? residual, bool gated, ScalarType dtype"
+_library.define(f"gpu_few_rows(Tensor q, Tensor steps, Tensor? sums, {_GIVEN}) -> Tensor")
+_library.define(f"gpu_int8_tiles(Tensor q, Tensor steps, {_GIVEN}) -> Tensor")
 _library.define("gpu_norm(Tensor x, Tensor weight, float eps) -> Tensor")
 _library.define("round_rows(Tensor x, Tensor? norm, float eps) -> (Tensor q, Tensor steps)")
 _library.define("round_groups(Tensor x, Tensor? norm, float eps) -> (Tensor q, Tensor steps, Tensor sums)")
@@ -75,8 +75,8 @@ def gpu_few_rows(
 
 
 def gpu_int8_tiles(
-    q: Tensor, steps: Tensor, sums: Tensor | None, words: Tensor, scale: Tensor, bias: Tensor | None,
-    residual: Tensor | None, gated: bool, dtype: torch.dtype,
+    q: Tensor, steps: Tensor, words: Tensor, scale: Tensor, bias: Tensor | None, residual: Tensor | None, gated: bool,
+    dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """See ``gpu/tiles.py``."""
     from axon_llm.fast.gpu import tiles
@@ -196,89 +196,5 @@ ON_GPU: dict[str, Callable[..., Any]] = {
 }  # fmt: skip
 for _name, _kernel in ON_GPU.items():
     _library.impl(_name, _kernel, "CUDA")
-
-
-@torch.library.register_fake("axon::row_product", lib=_library)
-def _row_product_shape(
-    x: Tensor, norm: Tensor | None, eps: float, weight: Tensor, scale: Tensor | None, bias: Tensor | None,
-    residual: Tensor | None,
-) -> Tensor:  # fmt: skip
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
-
-
-@torch.library.register_fake("axon::row_gated", lib=_library)
-def _row_gated_shape(x: Tensor, norm: Tensor, eps: float, weight: Tensor) -> Tensor:
-    return x.new_empty(*x.shape[:-1], weight.shape[0] // 2)
-
-
-@torch.library.register_fake("axon::gpu_few_rows", lib=_library)
-@torch.library.register_fake("axon::gpu_int8_tiles", lib=_library)
-def _integers_shape(
-    q: Tensor, steps: Tensor, sums: Tensor | None, words: Tensor, scale: Tensor, bias: Tensor | None,
-    residual: Tensor | None, gated: bool, dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    return q.new_empty(q.shape[0], words.shape[0] // (2 if gated else 1), dtype=dtype)
-
-
-@torch.library.register_fake("axon::gpu_norm", lib=_library)
-def _gpu_norm_shape(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-@torch.library.register_fake("axon::round_rows", lib=_library)
-def _round_rows_shape(x: Tensor, norm: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    rows = x.numel() // x.shape[-1]
-    return x.new_empty(rows, x.shape[-1], dtype=torch.int8), x.new_empty(rows, dtype=torch.float32)
-
-
-@torch.library.register_fake("axon::round_groups", lib=_library)
-def _round_groups_shape(x: Tensor, norm: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    rows, groups = x.numel() // x.shape[-1], x.shape[-1] // 32
-    steps, sums = (x.new_empty(rows, groups, dtype=torch.float32) for _ in range(2))
-    return x.new_empty(rows, x.shape[-1], dtype=torch.int8), steps, sums
-
-
-@torch.library.register_fake("axon::as_in_groups", lib=_library)
-def _as_in_groups_shape(x: Tensor) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-@torch.library.register_fake("axon::as_in_fp8", lib=_library)
-def _as_in_fp8_shape(x: Tensor) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-@torch.library.register_fake("axon::round_to_fp8", lib=_library)
-def _round_to_fp8_shape(x: Tensor) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape, dtype=torch.float8_e4m3fn), x.new_empty(x.shape[0], 1, dtype=torch.float32)
-
-
-@torch.library.register_fake("axon::gpu_gate", lib=_library)
-def _gpu_gate_shape(both: Tensor) -> Tensor:
-    return both.new_empty(*both.shape[:-1], both.shape[-1] // 2)
-
-
-@torch.library.register_fake("axon::gpu_turn", lib=_library)
-def _gpu_turn_shape(
-    heads: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, eps: float, cos: Tensor, sin: Tensor,
-    positions: Tensor, keys: Tensor, values: Tensor,
-) -> Tensor:  # fmt: skip
-    return heads.new_empty(*heads.shape[:2], heads.shape[2] - 2 * keys.shape[1], heads.shape[3])
-
-
-@torch.library.register_fake("axon::gpu_step", lib=_library)
-def _gpu_step_shape(
-    heads: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, eps: float, cos: Tensor, sin: Tensor,
-    positions: Tensor, keys: Tensor, values: Tensor, window: int,
-) -> Tensor:  # fmt: skip
-    return heads.new_empty(*heads.shape[:2], heads.shape[2] - 2 * keys.shape[1], heads.shape[3])
-
-
-@torch.library.register_fake("axon::widen", lib=_library)
-def _widen_shape(words: Tensor, pairs: Tensor, dtype: torch.dtype) -> Tensor:
-    return words.new_empty(words.shape[0], words.shape[1] * 8, dtype=dtype)
-
-
-@torch.library.register_fake("axon::gpu_attention", lib=_library)
-def _gpu_attention_shape(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, window: int) -> Tensor:
-    return q.new_empty(q.shape)
+for _name, _shape in SHAPES.items():
+    torch.library.register_fake(f"axon::{_name}", _shape, lib=_library)

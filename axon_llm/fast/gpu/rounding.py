@@ -5,7 +5,7 @@
 * int4 weights: one scale for a group of 32 channels, as the weights have, and the sum of what was rounded, which a
   group's middle is multiplied by.
 
-A norm in front is taken on the way, rounded as ``RMSNorm`` rounds.
+To integers, a norm in front is taken on the way, rounded as ``RMSNorm`` rounds.
 
 Rounded channels are stored in the order that the products meet them in: as bytes of words (``words.py``), of int4's
 groups first those that meet low halves of bytes.

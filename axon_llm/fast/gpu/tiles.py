@@ -68,7 +68,7 @@ def int8_product(
     gated: bool,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Rounded rows times int8 weights; :func:`axon_llm.fast.gpu.few_rows.few_rows_product` tells of the arguments."""
+    """Rounded rows, any number, times int8 weights; the arguments are those of ``few_rows.few_rows_product``."""
     (M, K), channels = q.shape, words.shape[0]
     N = channels // 2 if gated else channels
     out = torch.empty(M, N, device=q.device, dtype=dtype)
