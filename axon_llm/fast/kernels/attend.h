@@ -145,24 +145,34 @@ void attend_rows(const Shape& z, int64_t b, const uint16_t* const* queries, int6
         for (int64_t l = 0; l < PIECE; l += 16) products.put_weights(words, r, l, all(0.0f));
         continue;
       }
-      Floats x[4], most_here = nothing;
+      const auto weigh = [&](auto whole) {  // a piece that is seen whole, as most are, needs no masks
+        const auto seen_of = [&](int l, Floats x, Floats other) {
+          if constexpr (whole) return x;
+          return choose(static_cast<uint16_t>(seen >> (16 * l)), x, other);
+        };
+        Floats x[4], most_here = nothing;
 #pragma GCC unroll 4
-      for (int l = 0; l < 4; l++) {
-        x[l] = choose(static_cast<uint16_t>(seen >> (16 * l)), scores[l * rows + r] * scale, nothing);
-        most_here = larger(most_here, x[l]);
-      }
-      const float before = most[r], now = std::max(before, largest(most_here));
-      const float shrink = before == now ? 1.0f : std::exp(before - now);
-      Floats weight = all(0.0f);
+        for (int l = 0; l < 4; l++) {
+          x[l] = seen_of(l, scores[l * rows + r] * scale, nothing);
+          most_here = larger(most_here, x[l]);
+        }
+        const float before = most[r], now = std::max(before, largest(most_here));
+        const float shrink = before == now ? 1.0f : std::exp(before - now);
+        Floats weight = all(0.0f);
 #pragma GCC unroll 4
-      for (int l = 0; l < 4; l++) {
-        const Floats p = choose(static_cast<uint16_t>(seen >> (16 * l)), exponential(x[l] - all(now)), all(0.0f));
-        weight = weight + p;
-        products.put_weights(words, r, 16 * l, p);
-      }
-      most[r] = now;
-      total[r] = total[r] * shrink + sum(weight);
-      if (shrink != 1.0f) products.scale(sums, r, all(shrink));
+        for (int l = 0; l < 4; l++) {
+          const Floats p = seen_of(l, exponential(x[l] - all(now)), all(0.0f));
+          weight = weight + p;
+          products.put_weights(words, r, 16 * l, p);
+        }
+        most[r] = now;
+        total[r] = total[r] * shrink + sum(weight);
+        if (shrink != 1.0f) products.scale(sums, r, all(shrink));
+      };
+      if (seen == ~uint64_t{0})
+        weigh(std::true_type());
+      else
+        weigh(std::false_type());
     }
     products.add(weights, v, sums);
   }

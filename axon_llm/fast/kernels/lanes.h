@@ -50,7 +50,9 @@ inline Floats rounded(Floats values) {
 }
 
 // The first `left` of sixteen results.
+#ifndef AXON_STORE
 inline void store(uint16_t* y, Floats values, int64_t left) { put_shorts(y, as_words(rounded(values)) >> 16, left); }
+#endif
 
 // Sixteen rows of sixteen words, turned: `count` of the columns, one after the other.
 template <class Row>

@@ -199,6 +199,11 @@ inline Words high_halves(Words w) {
 
 #ifdef __AVX512BF16__
 #define AXON_PAIRS
+#define AXON_STORE
+// By an instruction, to which numbers smaller than any normal one are zeros.
+inline void store(uint16_t* y, Floats values, int64_t left) {
+  _mm256_mask_storeu_epi16(y, first16(left), (__m256i)_mm512_cvtneps_pbh(values.v));
+}
 // sums + products of pairs of bfloat16, or of pairs and the one that `x` points to. What is wanted `ONCE` the
 // instruction reads itself: the fewer instructions there are, the more reads of weights are under way.
 inline Floats add_pairs(Floats sums, Words w, Words x) {
