@@ -127,17 +127,24 @@ void attend_rows(const Shape& z, int64_t b, const uint16_t* const* queries, int6
 
   const std::vector<int64_t> pieces = visible_pieces(z, b, begin, end, sight);
   // A head's keys, or its values, of the i-th piece; after the last one the first of what is looked at next.
-  const auto piece = [&](size_t i, const uint16_t* from, const uint16_t* then_from, int64_t stride) {
-    const uint16_t* next = i + 1 < pieces.size() ? from + pieces[i + 1] * stride : then_from + pieces[0] * stride;
-    return Piece{from + pieces[i] * stride, next, stride, std::min(PIECE, z.S - pieces[i]), z.D};
+  constexpr size_t SCORED = Format::SCORED;
+  const auto keys = [&](size_t i) {
+    return i < pieces.size() ? here.k + pieces[i] * k_stride : then.k + pieces[0] * k_stride;
   };
+  const auto values = [&](size_t i) {
+    return i < pieces.size() ? here.v + pieces[i] * v_stride : then.v + pieces[0] * v_stride;
+  };
+  const auto count = [&](size_t i) { return std::min(PIECE, z.S - pieces[i]); };
+  // Of pieces that are scored together: after its keys come values, and after its values keys.
+  const auto last = [&](size_t i) { return SCORED > 1 && (i % SCORED == SCORED - 1 || i + 1 == pieces.size()); };
   for (size_t i = 0; i < pieces.size(); i++) {
-    if (i % Format::SCORED == 0)
-      for (size_t j = i; j < std::min(i + Format::SCORED, pieces.size()); j++)
-        products.score(piece(j, here.k, then.k, k_stride), all_scores + static_cast<int64_t>(j - i) * score_size);
-    const Floats* scores = all_scores + static_cast<int64_t>(i % Format::SCORED) * score_size;
+    if (i % SCORED == 0)
+      for (size_t j = i; j < std::min(i + SCORED, pieces.size()); j++)
+        products.score({keys(j), last(j) ? values(i) : keys(j + 1), k_stride, count(j), z.D},
+                       all_scores + static_cast<int64_t>(j - i) * score_size);
+    const Floats* scores = all_scores + static_cast<int64_t>(i % SCORED) * score_size;
     const int64_t s = pieces[i];
-    const Piece v = piece(i, here.v, then.v, v_stride);
+    const Piece v{values(i), last(i) ? keys(i + 1) : values(i + 1), v_stride, count(i), z.D};
     for (int64_t r = 0; r < R; r++) {
       products.meanwhile(v, r);
       const uint64_t seen = sight.at(b, (begin + r) / z.G, s);

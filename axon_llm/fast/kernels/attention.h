@@ -111,7 +111,7 @@ inline void score_rows(const uint8_t* p, int64_t blocks, const Activations& a, i
   }
 }
 
-// A piece of a cache's keys, or of its values: [count, D], `stride` apart; `next` is the same tensor's next piece.
+// A piece of a cache's keys, or of its values: [count, D], `stride` apart; `next` is what is looked at after it.
 struct Piece {
   const uint16_t *from, *next;
   int64_t stride, count, D;
@@ -152,7 +152,7 @@ class ByVectors : public Format {
     ::put_weights(*this, words, a_.rows, r, s, p);
   }
 
-  // Called while row r's scores become weights: memory has time for `ByTiles` then.
+  // Called while row r's scores become weights: memory has time then.
   void meanwhile(const Piece&, int64_t) const {}
 
   // sums [strips, rows] += the scores' weights times a piece.
@@ -315,6 +315,12 @@ class AsTheyLie : public ByVectors<Format> {
       score_four(k, queries, std::min<int64_t>(4, a_.rows - r), a_.rows, r == 0, scores + r);
   }
 
+  // Half of what comes after the values is told here: all of it in `add` is more than a core waits for at once.
+  void meanwhile(const Piece& v, int64_t r) const {
+    const int64_t share = PIECE / 2 / a_.rows;
+    tell(v, r * share, share);
+  }
+
   void add(const Activations& weights, const Piece& v, Floats* sums) const {
     if (!v.whole()) return Strips::add(weights, v, sums);
     add_values(v, weights.words, a_.rows, sums);
@@ -326,7 +332,7 @@ class AsTheyLie : public ByVectors<Format> {
 
   Memory queries_{nullptr, &std::free};  // [⌈R / 4⌉, D / QUARTER, QUERIES]
 
-  // The processor is told of a few positions of the next piece, as if they lay side by side. On Zen 3, with AVX2,
+  // The processor is told of a few positions of what comes next, as if they lay side by side. On Zen 3, with AVX2,
   // looking at 8,000 positions takes 1.2 to 1.5 times as long as reading them, and 1.6 to 2.6 without; into the nearest
   // cache the same or a little more. Zen 5 was faster so when keys were turned in registers, and has not been timed
   // without since; Zen 4 with AVX-512 is not.
@@ -369,7 +375,7 @@ class AsTheyLie : public ByVectors<Format> {
     constexpr int64_t STEP = Format::INPUTS;
     const uint16_t* from = v.from;
     for (int64_t s = 0; s < PIECE; s += STEP, from += STEP * v.stride, words += rows * Format::WORDS) {
-      tell(v, s, STEP);
+      tell(v, PIECE / 2 + s / 2, STEP / 2);
       for (int64_t d = 0, done = 0; d < v.D; d += done)
         for (int64_t r = 0; r < rows; r += 2) {
           const int32_t* x = words + r * Format::WORDS;
