@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from axon_llm.fast.gpu.launch import launch
+from axon_llm.fast.gpu.launch import launch, whole_row
 
 
 @triton.jit
@@ -38,6 +38,20 @@ def norm_rows(  # type: ignore[no-untyped-def]
 def gated_by(gate, up):  # type: ignore[no-untyped-def]
     """``silu(gate) · up``, float32, any shape."""
     return (gate / (1.0 + tl.exp(-gate))) * up
+
+
+@triton.jit
+def in_turn(n, N):  # type: ignore[no-untyped-def]
+    """Rows of a weight whose first N are gate's and whose others up's, one of each in turn."""
+    return tl.minimum(n // 2, N - 1) + n % 2 * N
+
+
+@triton.jit
+def put(y, residual, out, at, there, ADDED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Results, float32, rounded to where they go, and the stream added to them if asked for."""
+    if ADDED:
+        y = y.to(out.dtype.element_ty).to(tl.float32) + tl.load(residual + at, mask=there, other=0.0).to(tl.float32)
+    tl.store(out + at, y.to(out.dtype.element_ty), mask=there)
 
 
 @triton.jit
@@ -102,9 +116,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """As :class:`axon_llm.layers.norm.RMSNorm`: ``x`` ``[…, K]``, contiguous, to the same shape."""
     K = x.shape[-1]
     out = torch.empty_like(x)
-    size = triton.next_power_of_2(K)
-    warps = 4 if size <= 4096 else 8
-    launch(norm_rows, (x.numel() // K,), x.device, x, weight, eps, out, K, BK=size, warps=warps)
+    launch(norm_rows, (x.numel() // K,), x.device, x, weight, eps, out, K, **whole_row(K))
     return out
 
 

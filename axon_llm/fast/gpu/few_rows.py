@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from axon_llm.fast.gpu.around import gated_by
+from axon_llm.fast.gpu.around import gated_by, in_turn, put
 from axon_llm.fast.gpu.launch import launch
 from axon_llm.fast.gpu.one_row import piece_of
 
@@ -57,8 +57,8 @@ def few_rows(  # type: ignore[no-untyped-def]
     b, t, i = tl.arange(0, BN), tl.arange(0, BT), tl.arange(0, 4)
     n = tl.program_id(0) * BN + b
     channel = tl.minimum(n, N - 1)
-    if GATED:  # rows of gate and rows of up, in turn
-        channel = tl.minimum(n // 2, N - 1) + n % 2 * N
+    if GATED:
+        channel = in_turn(n, N)
     # Pieces before channels: so a warp's threads take neighbouring pieces of one channel, here as in a row.
     piece = channel.to(tl.int64)[None, :] * PIECES + t[:, None]
     rows = words + piece[:, :, None] * 4 + i[None, None, :]
@@ -114,10 +114,7 @@ def few_rows(  # type: ignore[no-untyped-def]
             y = gated_by(gate, up)
             to = tl.program_id(0) * (BN // 2) + tl.arange(0, BN // 2)
         there = (to < N) & (m < M)
-        to = tl.minimum(m, M - 1).to(tl.int64) * N + to
-        if ADDED:
-            y = y.to(out.dtype.element_ty).to(tl.float32) + tl.load(residual + to, mask=there, other=0.0).to(tl.float32)
-        tl.store(out + to, y.to(out.dtype.element_ty), mask=there)
+        put(y, residual, out, tl.minimum(m, M - 1).to(tl.int64) * N + to, there, ADDED)
 
 
 def few_rows_product(

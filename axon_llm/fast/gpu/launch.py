@@ -40,6 +40,12 @@ def stages_for(device: torch.device, size: int, most: int, beside: int = 0) -> i
     return max(1, min(most, (shared - beside) // size))
 
 
+def whole_row(K: int) -> dict[str, int]:
+    """Sizes of a kernel that takes a row of K channels at once."""
+    size = 1 << (K - 1).bit_length()
+    return {"BK": size, "warps": 4 if size <= 4096 else 8}
+
+
 def launch(
     kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments: Any, warps: int, stages: int = 3, **sizes: Any
 ) -> None:

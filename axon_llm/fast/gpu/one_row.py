@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from axon_llm.fast.gpu.around import gated_by
+from axon_llm.fast.gpu.around import gated_by, put
 from axon_llm.fast.gpu.launch import launch
 
 
@@ -76,9 +76,7 @@ def product(  # type: ignore[no-untyped-def]
         y *= tl.load(scale + channel)
     if BIASED:
         y += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
-    if ADDED:
-        y = y.to(out.dtype.element_ty).to(tl.float32) + tl.load(residual + n, mask=n < N, other=0.0).to(tl.float32)
-    tl.store(out + n, y.to(out.dtype.element_ty), mask=n < N)
+    put(y, residual, out, n, n < N, ADDED)
 
 
 @triton.jit

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from axon_llm.fast.gpu.launch import launch
+from axon_llm.fast.gpu.launch import launch, whole_row
 
 INTEGERS = tl.constexpr(12582912.0)  # 1.5 · 2²³: a small number added to it is rounded, and stands in its lowest bits
 SHARES = 4  # programs that round a row in groups: one would have too much to do
@@ -134,11 +134,7 @@ def round_rows(x: Tensor, norm: Tensor | None, eps: float) -> tuple[Tensor, Tens
     K = x.shape[-1]
     q = torch.empty(x.numel() // K, K, device=x.device, dtype=torch.int8)
     steps = torch.empty(q.shape[0], device=x.device, dtype=torch.float32)
-    size = triton.next_power_of_2(K)
-    launch(
-        _rows, (q.shape[0],), x.device,
-        x, norm, eps, q, steps, K, BK=size, NORMED=norm is not None, warps=4 if size <= 4096 else 8,
-    )  # fmt: skip
+    launch(_rows, (q.shape[0],), x.device, x, norm, eps, q, steps, K, NORMED=norm is not None, **whole_row(K))
     return q, steps
 
 
@@ -189,6 +185,4 @@ def as_in_fp8(x: Tensor) -> Tensor:
 
 def _round_to_fp8(x: Tensor, q: Tensor, scales: Tensor, numbers: bool) -> None:
     K = x.shape[-1]
-    size = triton.next_power_of_2(K)
-    warps = 4 if size <= 4096 else 8
-    launch(_fp8, (x.numel() // K,), x.device, x, q, scales, K, BK=size, NUMBERS=numbers, warps=warps)
+    launch(_fp8, (x.numel() // K,), x.device, x, q, scales, K, NUMBERS=numbers, **whole_row(K))

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from axon_llm.fast.gpu.around import gated_by
+from axon_llm.fast.gpu.around import gated_by, in_turn, put
 from axon_llm.fast.gpu.launch import launch, processors, stages_for
 
 
@@ -27,8 +27,8 @@ def int8_tiles(  # type: ignore[no-untyped-def]
     """BN output channels of BM rows; gated, BN / 2 of ``silu(gate) · up``."""
     m, n, k = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1) * BN + tl.arange(0, BN), tl.arange(0, BK)
     channel = tl.minimum(n, N - 1)
-    if GATED:  # rows of gate and rows of up, in turn
-        channel = tl.minimum(n // 2, N - 1) + n % 2 * N
+    if GATED:
+        channel = in_turn(n, N)
     row = tl.minimum(m, M - 1)
     if DEPENDENT:
         gdc_launch_dependents()
@@ -53,9 +53,7 @@ def int8_tiles(  # type: ignore[no-untyped-def]
         n = tl.program_id(1) * (BN // 2) + tl.arange(0, BN // 2)
     at = m.to(tl.int64)[:, None] * N + n[None, :]
     there = (m < M)[:, None] & (n < N)[None, :]
-    if ADDED:
-        y = y.to(out.dtype.element_ty).to(tl.float32) + tl.load(residual + at, mask=there, other=0.0).to(tl.float32)
-    tl.store(out + at, y.to(out.dtype.element_ty), mask=there)
+    put(y, residual, out, at, there, ADDED)
 
 
 def int8_product(

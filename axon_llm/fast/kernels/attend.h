@@ -102,11 +102,12 @@ template <class Format>
 void attend_rows(const Shape& z, int64_t b, const uint16_t* const* queries, int64_t begin, int64_t end,
                  const KeysAndValues& here, const KeysAndValues& then, int64_t k_stride, int64_t v_stride,
                  const Sight& sight, uint16_t* const* out) {
+  constexpr size_t SCORED = Format::SCORED;
   const int64_t R = end - begin, rows = Format::places(R), key_blocks = pieces_of(z.D, Format::INPUTS);
   // one after the other, in registers' worth: strips, scores, sums
   const int64_t room_size = PIECE * key_blocks, score_size = PIECE / 16 * rows;  // room: values take as much as keys
   const int64_t sum_size = Format::sums(rows, z.D);
-  const int64_t all_size = static_cast<int64_t>(Format::SCORED) * score_size;
+  const int64_t all_size = static_cast<int64_t>(SCORED) * score_size;
   const Memory owned = memory(16 * (room_size + all_size + sum_size));
   auto* registers = reinterpret_cast<Floats*>(owned.get());
   Floats *all_scores = registers + room_size, *sums = all_scores + all_size;
@@ -127,7 +128,6 @@ void attend_rows(const Shape& z, int64_t b, const uint16_t* const* queries, int6
 
   const std::vector<int64_t> pieces = visible_pieces(z, b, begin, end, sight);
   // A head's keys, or its values, of the i-th piece; after the last one the first of what is looked at next.
-  constexpr size_t SCORED = Format::SCORED;
   const auto keys = [&](size_t i) {
     return i < pieces.size() ? here.k + pieces[i] * k_stride : then.k + pieces[0] * k_stride;
   };
