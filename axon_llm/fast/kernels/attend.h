@@ -120,11 +120,13 @@ void attend_rows(const Shape& z, int64_t b, const uint16_t* const* queries, int6
   int32_t* words = weights.allocate(Format::words(rows));
   const Format products(a, R, z.D, reinterpret_cast<uint8_t*>(registers));
 
-  float most[ROWS], total[ROWS];
-  std::fill(most, most + R, -std::numeric_limits<float>::infinity());
-  std::fill(total, total + R, 0.0f);
-  const Floats scale = all(1.0f / std::sqrt(static_cast<float>(z.D)));
+  constexpr float LOG2_E = 1.44269504f;  // weights are powers of two
+  const float scale = LOG2_E / std::sqrt(static_cast<float>(z.D));
   const Floats nothing = all(-std::numeric_limits<float>::infinity());
+  float most[ROWS];    // of a row's scores so far
+  Floats total[ROWS];  // of its weights, in sixteen parts
+  std::fill(most, most + R, -std::numeric_limits<float>::infinity());
+  std::fill(total, total + R, all(0.0f));
 
   const std::vector<int64_t> pieces = visible_pieces(z, b, begin, end, sight);
   // A head's keys, or its values, of the i-th piece; after the last one the first of what is looked at next.
@@ -148,7 +150,7 @@ void attend_rows(const Shape& z, int64_t b, const uint16_t* const* queries, int6
     for (int64_t r = 0; r < R; r++) {
       products.meanwhile(v, r);
       const uint64_t seen = sight.at(b, (begin + r) / z.G, s);
-      if (seen == 0 && total[r] == 0.0f) {  // nothing yet: no largest score to compare with
+      if (seen == 0) {
         for (int64_t l = 0; l < PIECE; l += 16) products.put_weights(words, r, l, all(0.0f));
         continue;
       }
@@ -160,21 +162,22 @@ void attend_rows(const Shape& z, int64_t b, const uint16_t* const* queries, int6
         Floats x[4], most_here = nothing;
 #pragma GCC unroll 4
         for (int l = 0; l < 4; l++) {
-          x[l] = seen_of(l, scores[l * rows + r] * scale, nothing);
+          x[l] = seen_of(l, scores[l * rows + r], nothing);
           most_here = larger(most_here, x[l]);
         }
-        const float before = most[r], now = std::max(before, largest(most_here));
-        const float shrink = before == now ? 1.0f : std::exp(before - now);
-        Floats weight = all(0.0f);
+        if (any_larger(most_here, all(most[r]))) {  // soon it seldom is
+          const float now = largest(most_here), shrink = std::exp2((most[r] - now) * scale);
+          most[r] = now;
+          total[r] = total[r] * all(shrink);
+          products.scale(sums, r, all(shrink));
+        }
+        const Floats at_most = all(most[r] * scale);
 #pragma GCC unroll 4
         for (int l = 0; l < 4; l++) {
-          const Floats p = seen_of(l, exponential(x[l] - all(now)), all(0.0f));
-          weight = weight + p;
+          const Floats p = seen_of(l, power_of_two(fms(x[l], all(scale), at_most)), all(0.0f));
+          total[r] = total[r] + p;
           products.put_weights(words, r, 16 * l, p);
         }
-        most[r] = now;
-        total[r] = total[r] * shrink + sum(weight);
-        if (shrink != 1.0f) products.scale(sums, r, all(shrink));
       };
       if (seen == ~uint64_t{0})
         weigh(std::true_type());
@@ -183,7 +186,7 @@ void attend_rows(const Shape& z, int64_t b, const uint16_t* const* queries, int6
     }
     products.add(weights, v, sums);
   }
-  for (int64_t r = 0; r < R; r++) products.finish(sums, r, all(1.0f / total[r]), out[begin + r]);
+  for (int64_t r = 0; r < R; r++) products.finish(sums, r, all(1.0f / sum(total[r])), out[begin + r]);
 }
 
 // Queries q [B, Hq, T] look at keys and values k, v [B, Hkv, S] that they may see: y as q.

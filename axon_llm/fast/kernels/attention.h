@@ -184,10 +184,15 @@ class ByVectors : public Format {
   static int64_t strips(int64_t D) { return round_up(D, 32) / 16; }
 };
 
-// Four words of keys, in every quarter of a register, times what four rows' queries have for them: sums + products.
-inline Floats add_keys(const WidePairs&, Floats sums, Words keys, const int32_t* queries) {
-  const Floats even = fma(low_half(keys), floats_at(queries), sums);
-  return fma(high_half(keys), floats_at(queries + LANES), even);
+// What four rows' queries have for four words of keys; sums + those times the words, in every quarter of a register.
+struct WideQueries {
+  Floats even, odd;
+};
+inline WideQueries queries_at(const WidePairs&, const int32_t* queries) {
+  return {floats_at(queries), floats_at(queries + LANES)};
+}
+inline Floats add_keys(const WidePairs&, Floats sums, Words keys, const WideQueries& queries) {
+  return fma(high_half(keys), queries.odd, fma(low_half(keys), queries.even, sums));
 }
 
 // A block's words of a row's queries, the i-th four, as a quarter of what `add_keys` wants.
@@ -204,7 +209,7 @@ inline int64_t add_block(const WidePairs&, const uint16_t* v, int64_t stride, in
   constexpr int LAST = HELD ? 1 : 0;
   const auto* weights = reinterpret_cast<const float*>(x);
   Floats parts[ROWS][2][LAST + 1];  // of even channels, of odd ones
-#pragma GCC unroll 2
+#pragma GCC unroll 4
   for (auto& row : parts)
 #pragma GCC unroll 2
     for (auto& part : row) part[0] = all(0.0f), part[LAST] = all(0.0f);
@@ -214,7 +219,7 @@ inline int64_t add_block(const WidePairs&, const uint16_t* v, int64_t stride, in
     for (int turn = 0; turn < 2; turn++, v += stride) {
       const Words both = words_at(v);
       const Floats even = low_half(both), odd = high_half(both);
-#pragma GCC unroll 2
+#pragma GCC unroll 4
       for (int r = 0; r < ROWS; r++) {
         const Floats weight = all(weights[r * WidePairs::WORDS + i + turn]);
         const int part = turn == 0 ? 0 : LAST;
@@ -222,7 +227,7 @@ inline int64_t add_block(const WidePairs&, const uint16_t* v, int64_t stride, in
         parts[r][1][part] = now(fma(odd, weight, parts[r][1][part]));
       }
     }
-#pragma GCC unroll 2
+#pragma GCC unroll 4
   for (int r = 0; r < ROWS; r++) {
     const auto total = [&](int i) { return LAST == 0 ? parts[r][i][0] : parts[r][i][0] + parts[r][i][LAST]; };
     Floats low, high;
@@ -233,39 +238,46 @@ inline int64_t add_block(const WidePairs&, const uint16_t* v, int64_t stride, in
 }
 
 #ifdef AXON_PAIRS
-inline Floats add_keys(const Pairs&, Floats sums, Words keys, const int32_t* queries) {
-  return add_pairs(sums, words_at(queries), keys);
-}
+inline Words queries_at(const Pairs&, const int32_t* queries) { return now(words_at(queries)); }
+inline Floats add_keys(const Pairs&, Floats sums, Words keys, Words queries) { return add_pairs(sums, queries, keys); }
 
 inline void put_queries(const Pairs&, const int32_t* words, int64_t i, int32_t* quarter) {
   std::copy_n(words + 4 * i, 4, quarter);
 }
 
-// Of HALVES times 32 channels.
+// Of HALVES times 32 channels. A sum has two parts, to which words go by turns: one part after the other where there
+// are no registers for both.
 template <int ROWS, int HALVES>
 inline void add_channels(const uint16_t* v, int64_t stride, const int32_t* x, int64_t rows, Floats* sums) {
+  constexpr int AT_ONCE = ROWS > 2 ? 1 : 2;
   Floats parts[ROWS][2 * HALVES][2];
 #pragma GCC unroll 2
-  for (auto& row : parts)
+  for (int first = 0; first < 2; first += AT_ONCE) {
 #pragma GCC unroll 4
-    for (auto& part : row) part[0] = part[1] = all(0.0f);
+    for (auto& row : parts)
+#pragma GCC unroll 4
+      for (auto& part : row)
 #pragma GCC unroll 2
-  for (int64_t i = 0; i < Pairs::WORDS; i += 2)
+        for (int turn = first; turn < first + AT_ONCE; turn++) part[turn] = all(0.0f);
+#pragma GCC unroll 1
+    for (int64_t i = 0; i < Pairs::WORDS; i += 2)
 #pragma GCC unroll 2
-    for (int turn = 0; turn < 2; turn++, v += 2 * stride)
+      for (int turn = first; turn < first + AT_ONCE; turn++)
 #pragma GCC unroll 2
-      for (int h = 0; h < HALVES; h++) {
-        Words pairs[2];
-        pair_up(words_at(v + 32 * h), words_at(v + stride + 32 * h), pairs[0], pairs[1]);
+        for (int h = 0; h < HALVES; h++) {
+          const uint16_t* from = v + 2 * (i + turn) * stride + 32 * h;
+          Words pairs[2];
+          pair_up(words_at(from), words_at(from + stride), pairs[0], pairs[1]);
+#pragma GCC unroll 4
+          for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 2
-        for (int r = 0; r < ROWS; r++)
-#pragma GCC unroll 2
-          for (int p = 0; p < 2; p++) {
-            Floats& part = parts[r][2 * h + p][turn];
-            part = add_pairs(part, pairs[p], all(x[r * Pairs::WORDS + i + turn]));
-          }
-      }
-#pragma GCC unroll 2
+            for (int p = 0; p < 2; p++) {
+              Floats& part = parts[r][2 * h + p][turn];
+              part = add_pairs(part, pairs[p], all(x[r * Pairs::WORDS + i + turn]));
+            }
+        }
+  }
+#pragma GCC unroll 4
   for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 4
     for (int strip = 0; strip < 2 * HALVES; strip++) {
@@ -311,8 +323,13 @@ class AsTheyLie : public ByVectors<Format> {
   void score(const Piece& k, Floats* scores) const {
     if (!k.whole()) return Strips::score(k, scores);
     const int32_t* queries = queries_.get();
-    for (int64_t r = 0; r < a_.rows; r += 4, queries += k.D / QUARTER * QUERIES)
-      score_four(k, queries, std::min<int64_t>(4, a_.rows - r), a_.rows, r == 0, scores + r);
+    for (int64_t r = 0; r < a_.rows; r += 4, queries += k.D / QUARTER * QUERIES) {
+      const int64_t count = std::min<int64_t>(4, a_.rows - r);
+      if (HELD && k.D == 8 * QUARTER)
+        score_four<HELD ? 8 : 0>(k, queries, count, a_.rows, r == 0, scores + r);
+      else
+        score_four<0>(k, queries, count, a_.rows, r == 0, scores + r);
+    }
   }
 
   // Half of what comes after the values is told here: all of it in `add` is more than a core waits for at once.
@@ -334,38 +351,52 @@ class AsTheyLie : public ByVectors<Format> {
 
   // The processor is told of a few positions of what comes next, as if they lay side by side. On Zen 3, with AVX2,
   // looking at 8,000 positions takes 1.2 to 1.5 times as long as reading them, and 1.6 to 2.6 without; into the nearest
-  // cache the same or a little more. Zen 5 takes 1.1 times as long without; Zen 4 with AVX-512 does not.
+  // cache the same or a little more. Zen 5 takes 1.1 times as long without, and Zen 4 up to 1.25 times; past the second
+  // level Zen 4 takes 1.3 times as long. Intel without its matrix unit has not been timed.
   static void tell(const Piece& piece, int64_t first, int64_t count) {
     [[maybe_unused]] const auto* from = reinterpret_cast<const uint8_t*>(piece.next + first * piece.D);
     [[maybe_unused]] const int64_t bytes = 2 * count * piece.D;
 #if defined(__AVX512VP2INTERSECT__)
     fetch<_MM_HINT_NTA>(from, bytes);
-#elif !defined(__AVX512F__)
+#elif !defined(AXON_INTEL)
     fetch<_MM_HINT_T1>(from, bytes);
 #endif
   }
 
-  // Of `count` rows, the task's `first` ones or others. In a call of its own, as the next: there are registers for it
-  // then.
+  // Of `count` rows, the task's `first` ones or others, whose queries stay in registers if a key has so many QUARTERS.
+  // In a call of its own, as the next: there are registers for it then.
+  template <int64_t QUARTERS>
   [[gnu::noinline]] static void score_four(const Piece& k, const int32_t* queries, int64_t count, int64_t rows,
                                            bool first, Floats* scores) {
+    using Queries = decltype(queries_at(Format(), queries));
+    Queries held[QUARTERS > 0 ? QUARTERS : 1];
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < QUARTERS; i++) held[i] = queries_at(Format(), queries + i * QUERIES);
     const uint16_t* from = k.from;
     for (int64_t s = 0; s < PIECE; s += 16, scores += rows) {
       Floats quarters[4];  // of four positions each: of every row, its scores
-      for (auto& four : quarters) {
+#pragma GCC unroll 1
+      for (int64_t four = 0; four < 4; four++, from += 4 * k.stride) {
+        if (first) tell(k, s + 4 * four, 4);
         Floats sums[4];
 #pragma GCC unroll 4
         for (auto& sum : sums) sum = all(0.0f);
-        const int32_t* words = queries;
-        if (first) tell(k, s + 4 * (&four - quarters), 4);
-        for (int64_t d = 0; d < k.D; d += QUARTER, words += QUERIES)
+        const auto add = [&](int64_t d, const Queries& here) {
 #pragma GCC unroll 4
-          for (int64_t i = 0; i < 4; i++) sums[i] = add_keys(Format(), sums[i], spread(from + i * k.stride + d), words);
-        four = sums_of_four(sums);
-        from += 4 * k.stride;
+          for (int64_t i = 0; i < 4; i++) sums[i] = add_keys(Format(), sums[i], spread(from + i * k.stride + d), here);
+        };
+        if constexpr (QUARTERS > 0)
+#pragma GCC unroll 16
+          for (int64_t i = 0; i < QUARTERS; i++) add(i * QUARTER, held[i]);
+        else
+          for (int64_t d = 0; d < k.D; d += QUARTER) add(d, queries_at(Format(), queries + d / QUARTER * QUERIES));
+        quarters[four] = sums_of_four(sums);
       }
       turn_quarters(quarters);
-      for (int64_t r = 0; r < count; r++) scores[r] = quarters[r];
+      if (count == 4)
+        std::copy_n(quarters, 4, scores);
+      else
+        for (int64_t r = 0; r < count; r++) scores[r] = quarters[r];
     }
   }
 
@@ -376,11 +407,19 @@ class AsTheyLie : public ByVectors<Format> {
     for (int64_t s = 0; s < PIECE; s += STEP, from += STEP * v.stride, words += rows * Format::WORDS) {
       tell(v, PIECE / 2 + s / 2, STEP / 2);
       for (int64_t d = 0, done = 0; d < v.D; d += done)
-        for (int64_t r = 0; r < rows; r += 2) {
+        for (int64_t r = 0, together; r < rows; r += together) {
           const int32_t* x = words + r * Format::WORDS;
           Floats* here = sums + d / 16 * rows + r;
-          done = r + 1 < rows ? add_block<2>(Format(), from + d, v.stride, v.D - d, x, rows, here)
-                              : add_block<1>(Format(), from + d, v.stride, v.D - d, x, rows, here);
+          const auto add = [&](auto count) {
+            together = count;
+            done = add_block<count>(Format(), from + d, v.stride, v.D - d, x, rows, here);
+          };
+          if (HELD && r + 4 <= rows)
+            add(std::integral_constant<int, HELD ? 4 : 1>());
+          else if (r + 2 <= rows)
+            add(std::integral_constant<int, 2>());
+          else
+            add(std::integral_constant<int, 1>());
         }
     }
   }

@@ -96,6 +96,7 @@ class Beside {
 // bfloat16 weights and activations; products of pairs, summed in float32.
 struct Pairs {
   static constexpr int64_t INPUTS = 32, WORDS = 16, BYTES = 1024;  // of a block: input channels, words of a row, bytes
+  static constexpr int64_t TOLD_ROWS = AHEAD_ROWS;  // rows from which the processor is told of the block AHEAD
   using Sum = Floats;
   using Block = std::conditional_t<HELD, Loaded<Pairs>, InPlace<Pairs>>;  // for several rows
   using Alone = Block;                                                    // for one
@@ -200,7 +201,7 @@ inline void lay_block(const uint16_t* rows, int64_t stride, int64_t count, int64
 
 // int8 weights; activations rounded with a scale for each row. Sums are exact.
 struct Int8 {
-  static constexpr int64_t INPUTS = 64, WORDS = 16 * FOUR, BYTES = 1024;
+  static constexpr int64_t INPUTS = 64, WORDS = 16 * FOUR, BYTES = 1024, TOLD_ROWS = AHEAD_ROWS;
   using Sum = Words;
   using Block = std::conditional_t<HELD, Loaded<Int8>, InPlace<Int8>>;
   using Alone = Block;
@@ -264,6 +265,7 @@ struct Int8 {
 // int4 weights, w = (q − 8) · scale + middle; activations rounded with a scale for each row and group.
 struct Int4 {
   static constexpr int64_t INPUTS = 2 * GROUP, WORDS = 16, BYTES = 640;  // two groups, 256 + 64 bytes each
+  static constexpr int64_t TOLD_ROWS = INT4_AHEAD_ROWS;
   using Sum = Floats;
 
   using Block = Loaded<Int4>;

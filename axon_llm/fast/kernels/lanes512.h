@@ -31,7 +31,10 @@ inline Floats fms(Floats a, Floats b, Floats c) { return {_mm512_fmsub_ps(a.v, b
 inline Floats fnma(Floats a, Floats b, Floats c) { return {_mm512_fnmadd_ps(a.v, b.v, c.v)}; }  // c - a b
 inline Floats larger(Floats a, Floats b) { return {_mm512_max_ps(a.v, b.v)}; }                  // b if either is none
 inline Floats whole(Floats x) { return {_mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
-inline Floats times_power(Floats x, Floats n) { return {_mm512_scalef_ps(x.v, n.v)}; }  // x 2^n
+inline Floats times_power(Floats x, Floats n) { return {_mm512_scalef_ps(x.v, n.v)}; }       // x 2^n
+inline Floats times_power_below(Floats x, Floats n) { return times_power(x, n); }            // x 2^⌊n⌋
+inline Floats fraction(Floats x) { return {_mm512_reduce_ps(x.v, _MM_FROUND_TO_NEG_INF)}; }  // x - ⌊x⌋, 0 of infinity
+inline bool any_larger(Floats a, Floats b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ) != 0; }
 inline float sum(Floats x) { return _mm512_reduce_add_ps(x.v); }
 inline float largest(Floats x) { return _mm512_reduce_max_ps(x.v); }
 

@@ -43,7 +43,7 @@ template <class Format>
 inline void add_blocks(const uint8_t* p, int64_t blocks, const Activations& a, int64_t at, int64_t rows,
                        typename Format::Sum* sums) {
   if (rows > 1) {
-    const bool told = rows >= AHEAD_ROWS;
+    const bool told = rows >= Format::TOLD_ROWS;
     if constexpr (!HELD) return add_to_several<Format>(told, p, blocks, a, at, rows, sums);
     if (told) return add_to_several<Format>(std::true_type(), p, blocks, a, at, rows, sums);
     return add_to_several<Format>(std::false_type(), p, blocks, a, at, rows, sums);

@@ -48,24 +48,24 @@ enum Products : int64_t { PAIRS, WIDE, TILES };
 constexpr auto BFLOAT16 = torch::headeronly::ScalarType::BFloat16;
 constexpr int64_t TOGETHER = 64;  // rows that go through a strip together: their sums stay in the nearest cache
 constexpr int64_t GROUP = 32;     // input channels that share a scale in int4
-// Bytes ahead of a block that the processor is told to fetch, and into which cache: with AHEAD_ROWS rows and more, and
-// with one. Measured: on Zen 4 one row is slower with it, and 16 rows are 1.4 times as fast with it, but slower than
-// without into the first level; on Zen 5 what comes next goes past the second level, and one row is slower with it; on
-// Intel one row of int4 is 1.3 times as fast, and half as fast where it goes past the second level. With AVX2 one row
-// of int4 is 1.1 times as fast on Zen 3, but only near: 1,600 bytes ahead one of int8 or bfloat16 is slower than
-// without. Others with AVX2 do the same, and have not been timed. Only the instruction for intersections tells a Zen 5
-// from a Zen 4: it is not used.
+// Bytes ahead of a block that the processor is told to fetch, and into which cache: with AHEAD_ROWS rows and more
+// (INT4_AHEAD_ROWS of int4), and with one. Measured: on Zen 4 one row is slower with it, four of bfloat16 and int8 are,
+// and 16 rows are 1.4 times as fast with it, but slower than without into the first level; on Zen 5 what comes next
+// goes past the second level, and one row is slower with it; on Intel one row of int4 is 1.3 times as fast, and half as
+// fast where it goes past the second level. With AVX2 one row of int4 is 1.1 times as fast on Zen 3, but only near:
+// 1,600 bytes ahead one of int8 or bfloat16 is slower than without. Others with AVX2 do the same, and have not been
+// timed. Only the instruction for intersections tells a Zen 5 from a Zen 4: it is not used.
 #if defined(AXON_TILES) || (defined(AXON_INTEL) && !defined(__AVX512VP2INTERSECT__))
-constexpr int64_t AHEAD = 3072, AHEAD_ROWS = 1, ALONE_AHEAD = 3072;
+constexpr int64_t AHEAD = 3072, AHEAD_ROWS = 1, INT4_AHEAD_ROWS = 1, ALONE_AHEAD = 3072;
 constexpr auto AHEAD_INTO = _MM_HINT_T1, ALONE_INTO = _MM_HINT_T1;
 #elif defined(__AVX512VP2INTERSECT__)
-constexpr int64_t AHEAD = 10240, AHEAD_ROWS = 2, ALONE_AHEAD = 0;
+constexpr int64_t AHEAD = 10240, AHEAD_ROWS = 2, INT4_AHEAD_ROWS = 2, ALONE_AHEAD = 0;
 constexpr auto AHEAD_INTO = _MM_HINT_NTA, ALONE_INTO = _MM_HINT_T0;
 #elif defined(__AVX512F__)
-constexpr int64_t AHEAD = 12288, AHEAD_ROWS = 4, ALONE_AHEAD = 0;
+constexpr int64_t AHEAD = 12288, AHEAD_ROWS = 5, INT4_AHEAD_ROWS = 4, ALONE_AHEAD = 0;
 constexpr auto AHEAD_INTO = _MM_HINT_T1, ALONE_INTO = _MM_HINT_T1;
 #else
-constexpr int64_t AHEAD = 12288, AHEAD_ROWS = 4, ALONE_AHEAD = 640;
+constexpr int64_t AHEAD = 12288, AHEAD_ROWS = 4, INT4_AHEAD_ROWS = 4, ALONE_AHEAD = 640;
 constexpr auto AHEAD_INTO = _MM_HINT_T1, ALONE_INTO = _MM_HINT_T0;
 #endif
 // One row takes two strips at once: of int4 that is 1.04 times as fast on Intel, on Zen 4 slower.
