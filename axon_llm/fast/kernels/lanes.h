@@ -36,6 +36,11 @@ namespace {
 inline Floats low_half(Words pairs) { return as_floats(pairs << 16); }
 inline Floats high_half(Words pairs) { return as_floats(pairs & all(static_cast<int32_t>(0xffff0000))); }
 
+// Words of memory, loaded in the order of the source where that matters.
+#ifndef AXON_IN_TURN
+inline Words words_in_turn(const void* p) { return words_at(p); }
+#endif
+
 // The lower and the upper half of each byte, as bytes.
 inline Words low_halves(Words w) { return w & all(0x0f0f0f0f); }
 #ifndef AXON_HIGH_HALVES

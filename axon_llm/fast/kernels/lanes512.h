@@ -71,6 +71,13 @@ inline Words now(Words x) {
 // From memory and to it, wherever it begins.
 inline Floats floats_at(const void* p) { return {_mm512_loadu_ps(p)}; }
 inline Words words_at(const void* p) { return {_mm512_loadu_si512(p)}; }
+#define AXON_IN_TURN
+// … loaded here and now, after what was loaded, or computed by asm, before: compilers like another order.
+inline Words words_in_turn(const void* p) {
+  Words found;
+  asm volatile("vmovdqu64 %1, %0" : "=v"(found.v) : "m"(*static_cast<const __m512i_u*>(p)));
+  return found;
+}
 inline void put(void* p, Floats x) { _mm512_storeu_ps(p, x.v); }
 inline void put(void* p, Words x) { _mm512_storeu_si512(p, x.v); }
 
@@ -215,7 +222,7 @@ inline Floats add_pairs(Floats sums, Words w, Words x) {
 template <bool ONCE>
 inline Floats add_pairs(Floats sums, Words w, const int32_t* x) {
   if constexpr (!ONCE) return add_pairs(sums, w, all(*x));
-  asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(sums.v) : "v"(w.v), "m"(*x));
+  asm volatile("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(sums.v) : "v"(w.v), "m"(*x));
   return sums;
 }
 #endif
@@ -227,7 +234,7 @@ inline Fours fours(Words w) { return w; }
 template <bool ONCE>
 inline Words add_fours(Words sums, Fours w, const int32_t* x) {
   if constexpr (!ONCE) return {_mm512_dpbusd_epi32(sums.v, w.v, _mm512_set1_epi32(*x))};
-  asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sums.v) : "v"(w.v), "m"(*x));
+  asm volatile("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sums.v) : "v"(w.v), "m"(*x));
   return sums;
 }
 inline void put_fours(int32_t* words, int64_t k, Words x) { put_bytes(reinterpret_cast<int8_t*>(words) + k, x); }
