@@ -10,11 +10,16 @@ from __future__ import annotations
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 from axon_llm.errors import UsageError
+from axon_llm.serving.wire import Terminal
+
+if TYPE_CHECKING:  # it would import torch
+    from axon_llm.engine.stats import EngineStats
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _GAPS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 5)
@@ -69,6 +74,26 @@ class WorkerMetrics:
         self.emit_s = Histogram(
             "axon_emit_seconds", "One round trip with the tokens of one step", registry=registry, buckets=_GAPS
         )
+
+    def show(self, stats: EngineStats, waiting: int) -> None:
+        """The engine as it is now, and how many jobs wait for a slot."""
+        self.running.set(stats.running)
+        self.waiting.set(waiting)
+        self.slots.set(stats.slots)
+        self.cache_bytes.set(stats.cache_bytes)
+        self.cache_used.set(stats.cache_bytes_in_use)
+
+    def job_ended(self, terminal: Terminal, took_s: float) -> None:
+        """Count a job that ended here, so many seconds after its claim."""
+        self.ended.labels(terminal.finish_reason).inc()
+        self.job_s.observe(took_s)
+        if terminal.error is not None:
+            self.failures.labels(terminal.error.code).inc()
+        if terminal.usage is not None:
+            self.prompt_tokens.inc(terminal.usage.prompt_tokens)
+            self.cached_tokens.inc(terminal.usage.cached_tokens)
+        if terminal.timings is not None and terminal.timings.tpot_s is not None:
+            self.tpot_s.observe(terminal.timings.tpot_s)
 
 
 class Health:

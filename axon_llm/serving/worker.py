@@ -4,13 +4,12 @@ One thread, the caller's, owns the engine and the store and does everything belo
 another and only puts deliveries into a queue. Each turn of the loop takes what was delivered, makes one step of the
 engine, and sends what came out in one round trip. A message is acknowledged when its job's last entry is stored, and
 not before: whatever dies, the message comes back to some worker, the claim tells it how far the log goes, and it
-continues from there. Next: ``held_job.py``, ``token_log.py``.
+continues from there. Next: ``intake.py``, ``held_job.py``, ``token_log.py``.
 """
 
 from __future__ import annotations
 
 import logging
-import queue
 import threading
 import time
 from collections import deque
@@ -21,6 +20,7 @@ from axon_llm.errors import RequestError
 from axon_llm.serving.announcer import Announcer
 from axon_llm.serving.decoding import DecodingEngine
 from axon_llm.serving.held_job import HeldJob, deadline_exceeded
+from axon_llm.serving.intake import Intake, Item
 from axon_llm.serving.metrics import Health, WorkerMetrics
 from axon_llm.serving.ports import (
     Delivery,
@@ -76,10 +76,7 @@ class Worker:
         self._health = health or Health()
         self._announcer = Announcer(store, worker_id, models, engine.stats().slots)
         self._stop = threading.Event()
-        self._inbox: queue.SimpleQueue[Delivery | None] = queue.SimpleQueue()
-        self._waiting: deque[tuple[Delivery, Job]] = deque()  # to claim now
-        self._parked: list[tuple[float, Delivery, Job]] = []  # to claim again at a time
-        self._suspects: deque[tuple[Delivery, Job]] = deque()  # to run alone
+        self._intake = Intake()
         self._held: dict[tuple[str, str], HeldJob] = {}
         self._by_engine_id: dict[str, HeldJob] = {}
         self._store_down_until = 0.0
@@ -88,14 +85,14 @@ class Worker:
     def stop(self) -> None:
         """Ask ``run`` to hand everything back and return. Safe from any thread and from signal handlers."""
         self._stop.set()
-        self._inbox.put(None)  # wakes the loop
+        self._intake.wake()
 
     def run(self) -> None:
         """Work until ``stop``.
 
         An error of the engine propagates: the process ends, and its jobs go to other workers.
         """
-        self._source.start(self._inbox.put)
+        self._source.start(self._intake.put)
         log.info("worker %s: %d slots, serving", self._worker_id, self._engine.stats().slots)
         while not self._stop.is_set():
             self._turn()
@@ -106,7 +103,7 @@ class Worker:
     def _turn(self) -> None:
         store_up = time.monotonic() >= self._store_down_until
         busy = self._engine.has_work() and store_up
-        self._receive(0.0 if busy or (self._waiting and store_up) else IDLE_S)
+        self._receive(0.0 if busy or (self._intake.waiting and store_up) else IDLE_S)
         if store_up:
             self._claim_waiting()
             self._watch_deadlines()
@@ -117,15 +114,9 @@ class Worker:
         self._show()
 
     def _receive(self, wait_s: float) -> None:
-        """Take deliveries from the inbox, waiting for the first if there is nothing else to do."""
-        try:
-            delivery = self._inbox.get(timeout=wait_s) if wait_s else self._inbox.get_nowait()
-            while True:
-                if delivery is not None:
-                    self._sort(delivery)
-                delivery = self._inbox.get_nowait()
-        except queue.Empty:
-            pass
+        """Sort what was delivered, waiting for the first if there is nothing else to do."""
+        for delivery in self._intake.arrived(wait_s):
+            self._sort(delivery)
 
     def _sort(self, delivery: Delivery) -> None:
         try:
@@ -140,21 +131,19 @@ class Worker:
             self._metrics.duplicates.inc()
             self._source.ack(delivery)
         elif delivery.solo and held is None:
-            self._suspects.append((delivery, job))
+            self._intake.suspects.append((delivery, job))
         else:
-            self._waiting.append((delivery, job))
+            self._intake.waiting.append((delivery, job))
 
     def _claim_waiting(self) -> None:
-        now = time.monotonic()
-        due = [item for item in self._parked if item[0] <= now]
-        self._parked = [item for item in self._parked if item[0] > now]
-        self._waiting.extend((delivery, job) for _, delivery, job in due)
+        self._intake.unpark()
+        waiting, suspects = self._intake.waiting, self._intake.suspects
         # A suspect waits until nobody is here whom it could take down with it, and keeps others out meanwhile.
-        alone = bool(self._suspects) or any(held.delivery.solo for held in self._held.values())
-        later: list[tuple[Delivery, Job]] = []
+        alone = bool(suspects) or any(held.delivery.solo for held in self._held.values())
+        later: deque[Item] = deque()
         try:
-            while self._waiting:
-                delivery, job = self._waiting.popleft()
+            while waiting:
+                delivery, job = waiting.popleft()
                 held = self._held.get((job.tenant, job.job_id))
                 if alone and held is None:
                     later.append((delivery, job))
@@ -164,13 +153,13 @@ class Worker:
                 except StoreUnavailable:
                     later.append((delivery, job))
                     raise
-            if self._suspects and not self._held:
-                self._claim(*self._suspects[0], None)
-                self._suspects.popleft()
+            if suspects and not self._held:
+                self._claim(*suspects[0], None)
+                suspects.popleft()
         except StoreUnavailable as error:
             self._store_failed(error)
         finally:
-            self._waiting.extendleft(reversed(later))
+            waiting.extendleft(reversed(later))
 
     def _claim(self, delivery: Delivery, job: Job, held: HeldJob | None) -> None:
         if not self._source.is_current(delivery):
@@ -188,8 +177,7 @@ class Worker:
         elif claim.outcome == "run":
             self._begin(HeldJob.of(job, delivery, claim), claim.cancel_requested)
         elif claim.outcome == "busy":
-            retry_at = time.monotonic() + max(claim.retry_after_s, 0.1)
-            self._parked.append((retry_at, delivery, job))
+            self._intake.park(delivery, job, max(claim.retry_after_s, 0.1))
         elif claim.outcome == "suspect":
             self._move(delivery, job)
         else:  # duplicate, done, failed: nothing is left to do with this message
@@ -239,7 +227,7 @@ class Worker:
             self._source.move_to_solo(job)
         except (QueueUnavailable, QueueFull) as error:
             log.warning("job %s: cannot be moved to the solo queue: %s", job.job_id, error)
-            self._parked.append((time.monotonic() + 1.0, delivery, job))
+            self._intake.park(delivery, job, 1.0)
             return
         self._metrics.suspects.inc()
         log.warning("job %s: moved to the solo queue, workers died while they worked on it", job.job_id)
@@ -323,18 +311,9 @@ class Worker:
         assert terminal is not None
         self._drop(held)
         self._source.ack(held.delivery)
-        metrics = self._metrics
-        metrics.ended.labels(terminal.finish_reason).inc()
         took_s = time.monotonic() - held.claimed_at
-        metrics.job_s.observe(took_s)
+        self._metrics.job_ended(terminal, took_s)
         self._announcer.ended(took_s, len(held.entries))
-        if terminal.error is not None:
-            metrics.failures.labels(terminal.error.code).inc()
-        if terminal.usage is not None:
-            metrics.prompt_tokens.inc(terminal.usage.prompt_tokens)
-            metrics.cached_tokens.inc(terminal.usage.cached_tokens)
-        if terminal.timings is not None and terminal.timings.tpot_s is not None:
-            metrics.tpot_s.observe(terminal.timings.tpot_s)
         log.info(
             "job %s: ended (%s%s) after %d entries, %.2f s here",
             held.job.job_id,
@@ -359,19 +338,15 @@ class Worker:
 
     def _announce(self, draining: bool = False) -> None:
         stats = self._engine.stats()
-        waiting = stats.waiting + len(self._waiting) + len(self._parked) + len(self._suspects)
+        waiting = stats.waiting + len(self._intake)
         try:
             self._announcer.announce(running=stats.running, waiting=waiting, draining=draining)
         except StoreUnavailable as error:
             self._store_failed(error)
 
     def _show(self) -> None:
-        stats, metrics = self._engine.stats(), self._metrics
-        metrics.running.set(stats.running)
-        metrics.waiting.set(stats.waiting + len(self._waiting) + len(self._parked) + len(self._suspects))
-        metrics.slots.set(stats.slots)
-        metrics.cache_bytes.set(stats.cache_bytes)
-        metrics.cache_used.set(stats.cache_bytes_in_use)
+        stats = self._engine.stats()
+        self._metrics.show(stats, waiting=stats.waiting + len(self._intake))
         self._health.beat()
         store_up = self._store_backoff_s == 0
         self._health.ready = self._source.connected and store_up
@@ -380,8 +355,7 @@ class Worker:
         elif not self._source.connected:
             self._health.reason = "the broker is not connected"
 
-    # ------------------------------------------------------------------------------------------------------------
-    # ending
+    # ---------------------------------------------------------------------------------------------------------- ending
 
     def _drain(self) -> None:
         """Hand every unfinished job back, so that another worker continues it at once."""
@@ -397,11 +371,7 @@ class Worker:
         except StoreUnavailable as error:
             # The next claims will wait for the lease and count as take-overs; nothing is lost.
             log.warning("draining without Redis: %s", error)
-        for delivery in (
-            *(held.delivery for held in self._held.values()),
-            *(delivery for delivery, _ in (*self._waiting, *self._suspects)),
-            *(delivery for _, delivery, _ in self._parked),
-        ):
+        for delivery in (*(held.delivery for held in self._held.values()), *self._intake.deliveries()):
             self._source.reject(delivery, requeue=True)
         self._metrics.returned.inc(handed_back)
         for held in list(self._held.values()):
