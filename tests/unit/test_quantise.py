@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_fast import CONFIG, QWEN, prefill_and_decode, random_model
 
+from axon_llm.bench import quality
 from axon_llm.checkpoint import load_model
 from axon_llm.config import ModelConfig
 from axon_llm.errors import CheckpointError, ConfigError, UsageError
@@ -295,3 +296,33 @@ def test_the_words_that_a_gpu_reads_hold_what_was_quantised() -> None:
         assert torch.equal(from_words(words, per_word), q.to(torch.int8))
         # byte b of word i is channel 4 · b + i: the first four channels are the lowest bits of the first four words
         assert torch.equal(words[:, :4] & (255 if per_word == 4 else 15), q[:, :4].to(torch.int32) & 255)
+
+
+def test_activations_are_rounded_to_half_a_step_of_the_largest_of_their_piece() -> None:
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(3)) * torch.logspace(-3, 3, 5)[:, None]
+    x[2, :32] = 0
+    for piece in (32, 64):
+        step = (x.unflatten(1, (-1, piece)).abs().amax(2, keepdim=True) / 127).expand(-1, -1, piece).flatten(1)
+        rounded = quality.round_activations(x, piece)
+        assert ((rounded - x).abs() <= step / 2 * 1.001).all()
+        steps = rounded / step.clamp_min(1e-20)
+        torch.testing.assert_close(steps, steps.round(), rtol=1e-4, atol=1e-4)
+        assert not torch.equal(rounded, x)
+
+
+@pytest.mark.parametrize(("quantize", "piece"), [("int8", 64), ("int4", 32)])
+def test_a_model_as_on_a_gpu_multiplies_rounded_weights_and_rounded_activations(quantize: str, piece: int) -> None:
+    exact = random_model(CONFIG)
+    name, linear = next((n, m) for n, m in exact.named_modules() if isinstance(m, torch.nn.Linear) and m.in_features == 64)
+    model = quality.as_on_a_gpu(copy.deepcopy(exact), quantize)
+    weight = linear.weight.detach()
+    stands_for = {
+        "int8": lambda: dequantise_int8(*quantise_int8(weight)),
+        "int4": lambda: dequantise_int4(*quantise_int4(weight)),
+    }[quantize]()
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(4))
+    wanted = quality.round_activations(x, piece) @ stands_for.T
+    bias = 0 if linear.bias is None else linear.bias.detach()
+    with torch.inference_mode():
+        torch.testing.assert_close(model.get_submodule(name)(x), wanted + bias, rtol=1e-5, atol=1e-5)
+        assert not torch.allclose(linear(x), wanted + bias, rtol=1e-4, atol=1e-4)
