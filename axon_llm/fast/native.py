@@ -120,11 +120,25 @@ def built() -> Path:
 
 def processor_flags() -> frozenset[str]:
     """What the processor says it can do (Linux; nothing elsewhere)."""
+    return frozenset(_said("flags").split())
+
+
+def is_zen4() -> bool:
+    """Whether the processor is an AMD Zen 4, whatever a virtual machine hides of it."""
+    if (_said("vendor_id"), _said("cpu family")) != ("AuthenticAMD", "25"):
+        return False
+    model = int(_said("model"))
+    return 16 <= model < 32 or model >= 96  # the others of the family are Zen 3
+
+
+def _said(name: str) -> str:
+    """A line of ``/proc/cpuinfo``, as its first processor has it; empty where there is none."""
     try:
-        found = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
-        return frozenset()
-    return frozenset(found[1].split()) if found else frozenset()
+        return ""
+    found = re.search(rf"^{name}[ \t]*:[ \t]*(.*)$", text, re.MULTILINE)
+    return found[1] if found else ""
 
 
 def instructions() -> list[str]:
@@ -148,7 +162,8 @@ def _flags() -> list[str]:
     tiles = ["-DAXON_TILES"] if "amx_tile" in used else []  # compilers do not agree on a name for it
     # Half floats tell an Intel whose matrix unit is hidden from a Zen. Not all compilers in use know them.
     intel = ["-DAXON_INTEL"] if "avx512f" in used and "avx512_fp16" in processor_flags() else []
-    return [*(f"-m{name}" for name in spelt), *tiles, *intel]
+    zen4 = ["-DAXON_ZEN4"] if is_zen4() else []
+    return [*(f"-m{name}" for name in spelt), *tiles, *intel, *zen4]
 
 
 def _library(flags: list[str]) -> Path:

@@ -313,7 +313,9 @@ def test_activations_are_rounded_to_half_a_step_of_the_largest_of_their_piece() 
 @pytest.mark.parametrize(("quantize", "piece"), [("int8", 64), ("int4", 32)])
 def test_a_model_as_on_a_gpu_multiplies_rounded_weights_and_rounded_activations(quantize: str, piece: int) -> None:
     exact = random_model(CONFIG)
-    name, linear = next((n, m) for n, m in exact.named_modules() if isinstance(m, torch.nn.Linear) and m.in_features == 64)
+    name, linear = next(
+        (n, m) for n, m in exact.named_modules() if isinstance(m, torch.nn.Linear) and m.in_features == 64
+    )
     model = quality.as_on_a_gpu(copy.deepcopy(exact), quantize)
     weight = linear.weight.detach()
     stands_for = {

@@ -867,6 +867,26 @@ def test_the_best_instructions_of_which_all_are_there_are_used(
     assert native.instructions() == list(used)
 
 
+@pytest.mark.parametrize(
+    ("vendor", "family", "model", "zen4"),
+    [
+        ("AuthenticAMD", "25", "1", False),  # Zen 3
+        ("AuthenticAMD", "25", "80", False),
+        ("AuthenticAMD", "25", "17", True),
+        ("AuthenticAMD", "25", "160", True),
+        ("AuthenticAMD", "26", "17", False),  # Zen 5
+        ("GenuineIntel", "6", "17", False),
+        ("", "", "", False),  # nobody says
+    ],
+)
+def test_a_zen_4_is_known_whatever_is_hidden_of_it(
+    vendor: str, family: str, model: str, zen4: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = {"vendor_id": vendor, "cpu family": family, "model": model}
+    monkeypatch.setattr(native, "_said", said.__getitem__)
+    assert native.is_zen4() == zen4
+
+
 def test_a_processor_without_the_instructions_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "processor_flags", lambda: frozenset({"sse4_2", "fma"}))
     with pytest.raises(native.Unavailable, match="has no avx2"):

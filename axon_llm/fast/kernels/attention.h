@@ -322,14 +322,11 @@ class AsTheyLie : public ByVectors<Format> {
 
   void score(const Piece& k, Floats* scores) const {
     if (!k.whole()) return Strips::score(k, scores);
-    const int32_t* queries = queries_.get();
-    for (int64_t r = 0; r < a_.rows; r += 4, queries += k.D / QUARTER * QUERIES) {
-      const int64_t count = std::min<int64_t>(4, a_.rows - r);
-      if (HELD && k.D == 8 * QUARTER)
-        score_four<HELD ? 8 : 0>(k, queries, count, a_.rows, r == 0, scores + r);
-      else
-        score_four<0>(k, queries, count, a_.rows, r == 0, scores + r);
+    if constexpr (HELD) {  // the queries of heads of 64 or 128 channels stay in registers, if there are as many
+      if (k.D == 8 * QUARTER) return score_by_fours<8>(k, scores);
+      if (Format::WORDS == 16 && k.D == 16 * QUARTER) return score_by_fours<Format::WORDS == 16 ? 16 : 0>(k, scores);
     }
+    score_by_fours<0>(k, scores);
   }
 
   // Half of what comes after the values is told here: all of it in `add` is more than a core waits for at once.
@@ -363,8 +360,16 @@ class AsTheyLie : public ByVectors<Format> {
 #endif
   }
 
-  // Of `count` rows, the task's `first` ones or others, whose queries stay in registers if a key has so many QUARTERS.
-  // In a call of its own, as the next: there are registers for it then.
+  // Queries stay in registers, QUARTERS of them, or do not.
+  template <int64_t QUARTERS>
+  void score_by_fours(const Piece& k, Floats* scores) const {
+    const int32_t* queries = queries_.get();
+    for (int64_t r = 0; r < a_.rows; r += 4, queries += k.D / QUARTER * QUERIES)
+      score_four<QUARTERS>(k, queries, std::min<int64_t>(4, a_.rows - r), a_.rows, r == 0, scores + r);
+  }
+
+  // Of `count` rows, the task's `first` ones or others. In a call of its own, as the next: there are registers for it
+  // then.
   template <int64_t QUARTERS>
   [[gnu::noinline]] static void score_four(const Piece& k, const int32_t* queries, int64_t count, int64_t rows,
                                            bool first, Floats* scores) {

@@ -76,9 +76,9 @@ class InPlace {
   const uint8_t* const begin_;
 };
 
-// … each line when it is wanted, and none before or after: one row. GCC would load some lines early and some late. From
-// front to back, each multiplied before the next is loaded, Zen 4 reads bfloat16 at 1.05 of what a loop that only reads
-// gets where memory is slow, and at 1.15 where it is fast; in GCC's order at 0.89 and 0.83.
+// … each line when it is wanted, and none before or after: rows that are multiplied at once. GCC would load some lines
+// early and some late. From front to back, each multiplied before the next is loaded, Zen 4 reads bfloat16 at 1.05 of
+// what a loop that only reads gets where memory is slow, and at 1.15 where it is fast; in GCC's order at 0.89 and 0.83.
 template <class Format>
 class InTurn {
  public:
@@ -123,8 +123,8 @@ struct Pairs {
   static constexpr int64_t INPUTS = 32, WORDS = 16, BYTES = 1024;  // of a block: input channels, words of a row, bytes
   static constexpr int64_t TOLD_ROWS = AHEAD_ROWS;  // rows from which the processor is told of the block AHEAD
   using Sum = Floats;
-  using Block = std::conditional_t<HELD, Loaded<Pairs>, InPlace<Pairs>>;  // for several rows
-  using Alone = std::conditional_t<HELD, InTurn<Pairs>, InPlace<Pairs>>;  // for one
+  using Block = std::conditional_t<HELD, Loaded<Pairs>, InPlace<Pairs>>;   // for several rows
+  using AtOnce = std::conditional_t<HELD, InTurn<Pairs>, InPlace<Pairs>>;  // for up to four
 
   static constexpr bool SHARED = false;  // lines are, by two words each
   static constexpr int64_t line(int i) { return 64 * i; }
@@ -231,7 +231,7 @@ struct Int8 {
   static constexpr int64_t INPUTS = 64, WORDS = 16 * FOUR, BYTES = 1024, TOLD_ROWS = AHEAD_ROWS;
   using Sum = Words;
   using Block = std::conditional_t<HELD, Loaded<Int8>, InPlace<Int8>>;
-  using Alone = std::conditional_t<HELD, InTurn<Int8>, InPlace<Int8>>;
+  using AtOnce = std::conditional_t<HELD, InTurn<Int8>, InPlace<Int8>>;
 
   static constexpr bool SHARED = false;
   static constexpr int64_t line(int i) { return 64 * i; }
@@ -298,7 +298,7 @@ struct Int4 {
   using Sum = Floats;
 
   using Block = Loaded<Int4>;
-  using Alone = std::conditional_t<HELD, InTurn<Int4>, InPlace<Int4>>;
+  using AtOnce = std::conditional_t<HELD, InTurn<Int4>, InPlace<Int4>>;
 
   // Half bytes, eight words to a group. What two words, or a group's two factors, have in common is read once: GCC
   // would read it for each, and Zen 4 takes a cycle to read 64 bytes.

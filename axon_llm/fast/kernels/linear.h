@@ -40,22 +40,29 @@ inline void add_to_several(auto told, const uint8_t* p, int64_t blocks, const Ac
     multiply_rows<Format>(block, a, at, rows, sums);
   }
 }
-// The same for any number of rows from one on.
+// The same for ROWS rows, whose sums stay in registers; each line of a block is multiplied by all before the next.
+template <class Format, int ROWS>
+inline void add_in_turn(const uint8_t* p, int64_t blocks, const Activations& a, int64_t at,
+                        typename Format::Sum* sums) {
+  typename Format::Sum here[ROWS];
+  std::copy_n(sums, ROWS, here);
+  for (int64_t b = 0; b < blocks; b++, p += Format::BYTES, at += a.rows) {
+    if constexpr (ROWS == 1 && ALONE_AHEAD > 0) fetch<ALONE_INTO>(p + ALONE_AHEAD, Format::BYTES);
+    Format::template multiply<ROWS>(typename Format::AtOnce(p), a, at, here);
+  }
+  std::copy_n(here, ROWS, sums);
+}
+// … for any number of rows from one on.
 template <class Format>
 inline void add_blocks(const uint8_t* p, int64_t blocks, const Activations& a, int64_t at, int64_t rows,
                        typename Format::Sum* sums) {
-  if (rows > 1) {
-    const bool told = rows >= Format::TOLD_ROWS;
-    if constexpr (!HELD) return add_to_several<Format>(told, p, blocks, a, at, rows, sums);
-    if (told) return add_to_several<Format>(std::true_type(), p, blocks, a, at, rows, sums);
-    return add_to_several<Format>(std::false_type(), p, blocks, a, at, rows, sums);
-  }
-  typename Format::Sum sum = sums[0];  // which stays in a register, with what is multiplied
-  for (int64_t b = 0; b < blocks; b++, p += Format::BYTES, at += a.rows) {
-    if constexpr (ALONE_AHEAD > 0) fetch<ALONE_INTO>(p + ALONE_AHEAD, Format::BYTES);
-    Format::template multiply<1>(typename Format::Alone(p), a, at, &sum);
-  }
-  sums[0] = sum;
+  if (rows == 1) return add_in_turn<Format, 1>(p, blocks, a, at, sums);
+  const bool told = rows >= Format::TOLD_ROWS;
+  if constexpr (!HELD) return add_to_several<Format>(told, p, blocks, a, at, rows, sums);
+  if constexpr (HELD && Format::TOLD_ROWS > 4)
+    if (rows == 4) return add_in_turn<Format, 4>(p, blocks, a, at, sums);
+  if (told) return add_to_several<Format>(std::true_type(), p, blocks, a, at, rows, sums);
+  return add_to_several<Format>(std::false_type(), p, blocks, a, at, rows, sums);
 }
 
 // One row's sums of two strips += it times their blocks, read from both side by side.
@@ -198,7 +205,7 @@ inline float dot(const uint16_t* a, const uint16_t* b, int64_t K, bool wide, [[m
   Floats parts[4];
   for (auto& part : parts) part = all(0.0f);
   for (int64_t k = 0; k < K; k += 128) {
-    if constexpr (!HELD)
+    if constexpr (!HELD && ALONE_AHEAD > 0)
       if (first) fetch<ALONE_INTO>(reinterpret_cast<const uint8_t*>(b + k) + ALONE_AHEAD, 256);
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++) {

@@ -53,8 +53,9 @@ constexpr int64_t GROUP = 32;     // input channels that share a scale in int4
 // and 16 rows are 1.4 times as fast with it, but slower than without into the first level; on Zen 5 what comes next
 // goes past the second level, and one row is slower with it; on Intel one row of int4 is 1.3 times as fast, and half as
 // fast where it goes past the second level. With AVX2 one row of int4 is 1.1 times as fast on Zen 3, but only near:
-// 1,600 bytes ahead one of int8 or bfloat16 is slower than without. Others with AVX2 do the same, and have not been
-// timed. Only the instruction for intersections tells a Zen 5 from a Zen 4: it is not used.
+// 1,600 bytes ahead one of int8 or bfloat16 is slower than without; Zen 4 with AVX2 reads one of bfloat16 at 0.75 and
+// one of int8 at 0.9 of what it does without. Others with AVX2 do as Zen 3, and have not been timed. Only the
+// instruction for intersections tells a Zen 5 from a Zen 4: it is not used.
 #if defined(AXON_TILES) || (defined(AXON_INTEL) && !defined(__AVX512VP2INTERSECT__))
 constexpr int64_t AHEAD = 3072, AHEAD_ROWS = 1, INT4_AHEAD_ROWS = 1, ALONE_AHEAD = 3072;
 constexpr auto AHEAD_INTO = _MM_HINT_T1, ALONE_INTO = _MM_HINT_T1;
@@ -65,7 +66,12 @@ constexpr auto AHEAD_INTO = _MM_HINT_NTA, ALONE_INTO = _MM_HINT_T0;
 constexpr int64_t AHEAD = 12288, AHEAD_ROWS = 5, INT4_AHEAD_ROWS = 4, ALONE_AHEAD = 0;
 constexpr auto AHEAD_INTO = _MM_HINT_T1, ALONE_INTO = _MM_HINT_T1;
 #else
-constexpr int64_t AHEAD = 12288, AHEAD_ROWS = 4, INT4_AHEAD_ROWS = 4, ALONE_AHEAD = 640;
+#ifdef AXON_ZEN4
+constexpr int64_t ALONE_AHEAD = 0;
+#else
+constexpr int64_t ALONE_AHEAD = 640;
+#endif
+constexpr int64_t AHEAD = 12288, AHEAD_ROWS = 4, INT4_AHEAD_ROWS = 4;
 constexpr auto AHEAD_INTO = _MM_HINT_T1, ALONE_INTO = _MM_HINT_T0;
 #endif
 // One row takes two strips at once: of int4 that is 1.04 times as fast on Intel, on Zen 4 slower.
