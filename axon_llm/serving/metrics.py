@@ -10,16 +10,13 @@ from __future__ import annotations
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 from axon_llm.errors import UsageError
+from axon_llm.serving.decoding import EngineStatistics
 from axon_llm.serving.wire import Terminal
-
-if TYPE_CHECKING:  # it would import torch
-    from axon_llm.engine.stats import EngineStats
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _GAPS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 5)
@@ -75,7 +72,7 @@ class WorkerMetrics:
             "axon_emit_seconds", "One round trip with the tokens of one step", registry=registry, buckets=_GAPS
         )
 
-    def show(self, stats: EngineStats, waiting: int) -> None:
+    def show(self, stats: EngineStatistics, waiting: int) -> None:
         """The engine as it is now, and how many jobs wait for a slot."""
         self.running.set(stats.running)
         self.waiting.set(waiting)
