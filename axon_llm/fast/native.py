@@ -127,7 +127,7 @@ def is_zen4() -> bool:
     """Whether the processor is an AMD Zen 4, whatever a virtual machine hides of it."""
     if (_said("vendor_id"), _said("cpu family")) != ("AuthenticAMD", "25"):
         return False
-    model = int(_said("model"))
+    model = int(_said("model") or 0)
     return 16 <= model < 32 or model >= 96  # the others of the family are Zen 3
 
 

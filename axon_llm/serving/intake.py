@@ -1,7 +1,7 @@
 """Deliveries that a worker has not claimed yet: those to claim now, those to claim again later, and those to run alone.
 
 They come on the job source's thread and are taken by the worker's; only ``put`` and ``wake`` may be called from both.
-Next: ``worker.py``.
+Next: ``held_job.py``.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Intake:
         return len(self.waiting) + len(self.suspects) + len(self._parked)
 
     def put(self, delivery: Delivery) -> None:
-        """One has come."""
+        """Take one that has come, from any thread."""
         self._inbox.put(delivery)
 
     def wake(self) -> None:
@@ -64,5 +64,5 @@ class Intake:
         self._parked = [(at, item) for at, item in self._parked if at > now]
 
     def deliveries(self) -> list[Delivery]:
-        """Of all of them."""
+        """The messages of all that are here, to hand them back."""
         return [delivery for delivery, _ in (*self.waiting, *self.suspects, *(item for _, item in self._parked))]

@@ -240,7 +240,10 @@ def test_attention_is_the_readable_attention(
     assert relative(attend_in_strips(way)(q, k, v, mask), exact) < 0.005
 
 
-@pytest.mark.parametrize(("Hq", "D"), [(8, 64), (16, 64), (10, 64), (6, 128), (14, 96), (2, 32), (8, 40)])
+@pytest.mark.parametrize(
+    ("Hq", "D"),
+    [(8, 64), (16, 64), (10, 64), (6, 128), (8, 128), (12, 128), (16, 128), (14, 96), (16, 96), (2, 32), (8, 40)],
+)
 def test_a_token_sees_the_same_to_the_last_bit_whatever_looks_with_it(Hq: int, D: int, way: ops.Products) -> None:
     q, (k, v) = numbers(1, Hq, 30, D).bfloat16(), numbers(2, 1, 2, 1500, D, seed=1).bfloat16()
     mask = torch.ones(30, 1500, dtype=torch.bool).tril(1450)[None, None]
@@ -268,11 +271,12 @@ def test_attention_does_not_depend_on_what_the_mask_hides(way: ops.Products) -> 
     assert torch.equal(attend_in_strips(way)(q, k, v, mask), expected)
 
 
-def test_large_scores_do_not_overflow(way: ops.Products) -> None:
+@pytest.mark.parametrize("factor", [2.0**10, 2.0**34])
+def test_large_scores_do_not_overflow(factor: float, way: ops.Products) -> None:
     q, k, v = (numbers(1, 2, T, 64, seed=T).bfloat16() for T in (1, 200, 201))
     v, mask = v[:, :, :200], torch.ones(1, 1, 1, 200, dtype=torch.bool)
-    exact = attend(q.float() * 1000, k.float(), v.float(), mask)
-    assert relative(attend_in_strips(way)(q * 1000, k, v, mask), exact) < 0.01
+    exact = attend(q.float() * factor, k.float(), v.float(), mask)
+    assert relative(attend_in_strips(way)(q * factor, k, v, mask), exact) < 0.01
 
 
 @kernels
@@ -336,7 +340,7 @@ def test_weights_as_stored_give_the_same_products_and_are_not_copied() -> None:
     assert 0 < (prefill_and_decode(fast, torch.bfloat16) - exact).norm() < 1.5 * readable
 
 
-@pytest.mark.parametrize("rows", [1, 3, 9, 50, 600])
+@pytest.mark.parametrize("rows", [1, 3, 4, 8, 9, 50, 600])
 @pytest.mark.parametrize(("n", "k"), [(33, 1), (64, 100), (40, 2048), (16, 129)])
 def test_rows_times_weights_as_stored(n: int, k: int, rows: int, way: ops.Products) -> None:
     w, x = numbers(n, k).bfloat16(), numbers(2, rows, k, seed=1).bfloat16()
@@ -885,6 +889,23 @@ def test_a_zen_4_is_known_whatever_is_hidden_of_it(
     said = {"vendor_id": vendor, "cpu family": family, "model": model}
     monkeypatch.setattr(native, "_said", said.__getitem__)
     assert native.is_zen4() == zen4
+
+
+@pytest.mark.parametrize("zen4", [False, True])
+def test_a_zen_4_has_kernels_of_its_own(zen4: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "is_zen4", lambda: zen4)
+    assert ("-DAXON_ZEN4" in native._flags()) == zen4
+
+
+def test_what_the_processor_says_of_itself_is_read_by_whole_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = tmp_path / "cpuinfo"
+    said.write_text("processor\t: 0\nmodel name\t: Some CPU\nmodel\t\t: 17\nflags\t\t: fma avx2\n\nmodel\t\t: 18\n")
+    monkeypatch.setattr(native, "Path", lambda _: said)
+    assert (native._said("model"), native._said("cpu family")) == ("17", "")
+    monkeypatch.setattr(native, "Path", lambda _: tmp_path / "nothing")
+    assert native._said("flags") == ""
 
 
 def test_a_processor_without_the_instructions_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

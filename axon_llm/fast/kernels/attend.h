@@ -171,10 +171,10 @@ void attend_rows(const Shape& z, int64_t b, const uint16_t* const* queries, int6
           total[r] = total[r] * all(shrink);
           products.scale(sums, r, all(shrink));
         }
-        const Floats at_most = all(most[r] * scale);
+        const Floats at_most = all(most[r]), by = all(scale);
 #pragma GCC unroll 4
         for (int l = 0; l < 4; l++) {
-          const Floats p = seen_of(l, power_of_two(fms(x[l], all(scale), at_most)), all(0.0f));
+          const Floats p = seen_of(l, power_of_two((x[l] - at_most) * by), all(0.0f));
           total[r] = total[r] + p;
           products.put_weights(words, r, 16 * l, p);
         }

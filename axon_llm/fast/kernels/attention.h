@@ -304,7 +304,7 @@ class AsTheyLie : public ByVectors<Format> {
   using Strips::a_;
 
  public:
-  static constexpr int64_t FEW = 8;  // rows: for more, values would be paired up more than four times
+  static constexpr int64_t FEW = 8;  // rows: for more, values would be paired up more than twice, or four times
   // Keys and values are far apart, and after each change from the one to the other it takes a while until memory
   // delivers.
   static constexpr size_t SCORED = 16;
@@ -355,7 +355,7 @@ class AsTheyLie : public ByVectors<Format> {
     [[maybe_unused]] const int64_t bytes = 2 * count * piece.D;
 #if defined(__AVX512VP2INTERSECT__)
     fetch<_MM_HINT_NTA>(from, bytes);
-#elif !defined(AXON_INTEL)
+#elif defined(AXON_ZEN4) || !defined(__AVX512F__)
     fetch<_MM_HINT_T1>(from, bytes);
 #endif
   }
@@ -405,7 +405,7 @@ class AsTheyLie : public ByVectors<Format> {
     }
   }
 
-  // A block of positions after the other, for two rows at a time.
+  // A block of positions after the other, for four, two or one row at a time.
   [[gnu::noinline]] static void add_values(const Piece& v, const int32_t* words, int64_t rows, Floats* sums) {
     constexpr int64_t STEP = Format::INPUTS;
     const uint16_t* from = v.from;

@@ -126,7 +126,7 @@ struct Pairs {
   using Block = std::conditional_t<HELD, Loaded<Pairs>, InPlace<Pairs>>;   // for several rows
   using AtOnce = std::conditional_t<HELD, InTurn<Pairs>, InPlace<Pairs>>;  // for up to four
 
-  static constexpr bool SHARED = false;  // lines are, by two words each
+  static constexpr bool SHARED = false;  // whether two words come of a line
   static constexpr int64_t line(int i) { return 64 * i; }
   static Words word(Words line, int) { return line; }
 

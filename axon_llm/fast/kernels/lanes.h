@@ -84,7 +84,7 @@ inline Floats exponential(Floats x) {
 // 2 to the power of x, to 3 · 10⁻⁶: for what becomes bfloat16. The polynomial is the best of its degree between 0
 // and 1.
 inline Floats power_of_two(Floats x) {
-  if constexpr (!HELD) x = larger(all(-150.0f), x);  // infinity has no fraction there; what is not a number stays so
+  if constexpr (!HELD) x = larger(all(-151.0f), x);  // infinity has no fraction there; what is not a number stays so
   const Floats r = fraction(x);
   Floats p = all(0.0135341678f);
   for (float c : {0.0520114601f, 0.241442755f, 0.693003833f, 1.00000262f}) p = fma(p, r, all(c));

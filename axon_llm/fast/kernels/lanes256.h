@@ -62,6 +62,13 @@ inline Floats times_power(Floats x, Floats n) {
   const Floats one = as_floats((half + all(127)) << 23), two = as_floats((all_of_it - half + all(127)) << 23);
   return x * one * two;
 }
+inline Floats below(Floats x) { return {_mm256_floor_ps(x.low), _mm256_floor_ps(x.high)}; }
+inline Floats times_power_below(Floats x, Floats n) { return times_power(x, below(n)); }  // x 2^⌊n⌋
+inline Floats fraction(Floats x) { return x - below(x); }
+inline bool any_larger(Floats a, Floats b) {
+  const __m256 low = _mm256_cmp_ps(a.low, b.low, _CMP_GT_OQ), high = _mm256_cmp_ps(a.high, b.high, _CMP_GT_OQ);
+  return _mm256_movemask_ps(_mm256_or_ps(low, high)) != 0;
+}
 
 // Over all sixteen, in the order in which a register of AVX-512 is halved.
 inline float sum(Floats x) {
@@ -69,13 +76,6 @@ inline float sum(Floats x) {
   const __m128 four = _mm_add_ps(_mm256_extractf128_ps(eight, 1), _mm256_castps256_ps128(eight));
   const __m128 two = _mm_add_ps(_mm_movehl_ps(four, four), four);
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
-}
-inline Floats below(Floats x) { return {_mm256_floor_ps(x.low), _mm256_floor_ps(x.high)}; }
-inline Floats times_power_below(Floats x, Floats n) { return times_power(x, below(n)); }  // x 2^⌊n⌋
-inline Floats fraction(Floats x) { return x - below(x); }
-inline bool any_larger(Floats a, Floats b) {
-  const __m256 low = _mm256_cmp_ps(a.low, b.low, _CMP_GT_OQ), high = _mm256_cmp_ps(a.high, b.high, _CMP_GT_OQ);
-  return _mm256_movemask_ps(_mm256_or_ps(low, high)) != 0;
 }
 inline float largest(Floats x) {
   const __m256 eight = _mm256_max_ps(x.high, x.low);

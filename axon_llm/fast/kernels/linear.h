@@ -11,10 +11,10 @@ namespace {
 
 // Rows from which int4 weights are widened to bfloat16 for the matrix unit; activations need no rounding then.
 constexpr int64_t WIDENED_ROWS = 64;
-// Rows up to which a weight as it lies in a checkpoint is multiplied where it lies; for more it is laid in strips. Zen
-// 4 reads at 11 to 13 GB/s with 8 rows where it lies, for they are as large as the nearest cache, and at 18 to 20 in
-// strips.
-constexpr int64_t STORED_ROWS = HELD ? 4 : 2;
+// Rows up to which a weight as it lies in a checkpoint is multiplied where it lies; for more it is laid in strips. So
+// many sum up in the same order, and a pass that checks guesses finds what one row would. With 8 rows Zen 4 reads at 11
+// to 13 GB/s, for activations are as large as the nearest cache; laid in strips at 18 to 20.
+constexpr int64_t STORED_ROWS = HELD ? 8 : 2;
 // What is taken together of many rows: strips, and blocks of each.
 constexpr int64_t MANY_STRIPS = 8, MANY_BLOCKS = 32;
 // Sums of few rows that are kept and become results together: what they are added to, and where they go, is in no
@@ -44,6 +44,7 @@ inline void add_to_several(auto told, const uint8_t* p, int64_t blocks, const Ac
 template <class Format, int ROWS>
 inline void add_in_turn(const uint8_t* p, int64_t blocks, const Activations& a, int64_t at,
                         typename Format::Sum* sums) {
+  static_assert(ROWS == 1 || !Format::SHARED, "words of a shared line would be wanted in another order");
   typename Format::Sum here[ROWS];
   std::copy_n(sums, ROWS, here);
   for (int64_t b = 0; b < blocks; b++, p += Format::BYTES, at += a.rows) {
@@ -200,7 +201,7 @@ void multiply_bf16(const uint16_t* x, const Weights& weights, const Y& y, int64_
 }
 
 // The sum of the products of two rows of bfloat16, in four parts: none waits for another. `first`: nobody has read b
-// before; the processor is told what comes next with AVX2, elsewhere that has not been timed.
+// before; the processor is told what comes next where that is faster with AVX2, elsewhere that has not been timed.
 inline float dot(const uint16_t* a, const uint16_t* b, int64_t K, bool wide, [[maybe_unused]] bool first) {
   Floats parts[4];
   for (auto& part : parts) part = all(0.0f);

@@ -9,10 +9,10 @@
 //   int4   8 input channels, as half bytes around 8, those of the first four low; after each group of 32 input
 //          channels comes the group's scale and middle, both bfloat16
 //
-// 64 bytes are a register, or two (lanes.h). A *block* is 16 times 64 bytes of weights: it is loaded, every row is
-// multiplied by it, and the next block of the strip follows. Four rows are multiplied in turn, product by product,
-// because a product takes longer than the processor waits before it starts the next one that does not depend on it.
-// Many rows, bound by reading activations, are multiplied by blocks of two strips at once.
+// 64 bytes are a register, or two (lanes.h). A *block* is 16 times 64 bytes of weights: every row is multiplied by
+// it, once it is loaded or as it is, and the next block of the strip follows. Four rows are multiplied in turn, product
+// by product, because a product takes longer than the processor waits before it starts the next one that does not
+// depend on it. Many rows, bound by reading activations, are multiplied by blocks of two strips at once.
 //
 // The integer formats round activations to bytes: int8 with a scale for each row, int4 with a scale for each row and
 // group. Each row's sum is taken in the same order whatever rows are computed with it: its result is the same to the
@@ -54,8 +54,8 @@ constexpr int64_t GROUP = 32;     // input channels that share a scale in int4
 // goes past the second level, and one row is slower with it; on Intel one row of int4 is 1.3 times as fast, and half as
 // fast where it goes past the second level. With AVX2 one row of int4 is 1.1 times as fast on Zen 3, but only near:
 // 1,600 bytes ahead one of int8 or bfloat16 is slower than without; Zen 4 with AVX2 reads one of bfloat16 at 0.75 and
-// one of int8 at 0.9 of what it does without. Others with AVX2 do as Zen 3, and have not been timed. Only the
-// instruction for intersections tells a Zen 5 from a Zen 4: it is not used.
+// one of int8 at 0.9 of what it does without. Others with AVX2 do as Zen 3, and have not been timed. The
+// instruction for intersections tells a Zen 5 from a Zen 4, whatever the compiler knows: it is not used.
 #if defined(AXON_TILES) || (defined(AXON_INTEL) && !defined(__AVX512VP2INTERSECT__))
 constexpr int64_t AHEAD = 3072, AHEAD_ROWS = 1, INT4_AHEAD_ROWS = 1, ALONE_AHEAD = 3072;
 constexpr auto AHEAD_INTO = _MM_HINT_T1, ALONE_INTO = _MM_HINT_T1;
