@@ -120,25 +120,27 @@ def built() -> Path:
 
 def processor_flags() -> frozenset[str]:
     """What the processor says it can do (Linux; nothing elsewhere)."""
-    return frozenset(_said("flags").split())
+    return frozenset(_processor().get("flags", "").split())
 
 
 def is_zen4() -> bool:
     """Whether the processor is an AMD Zen 4, whatever a virtual machine hides of it."""
-    if (_said("vendor_id"), _said("cpu family")) != ("AuthenticAMD", "25"):
+    said = _processor()
+    if (said.get("vendor_id"), said.get("cpu family")) != ("AuthenticAMD", "25"):
         return False
-    model = int(_said("model") or 0)
+    model = int(said.get("model", 0))
     return 16 <= model < 32 or model >= 96  # the others of the family are Zen 3
 
 
-def _said(name: str) -> str:
-    """A line of ``/proc/cpuinfo``, as its first processor has it; empty where there is none."""
+@cache
+def _processor() -> dict[str, str]:
+    """What ``/proc/cpuinfo`` has of the first processor; it takes a while where there are many."""
     try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        first = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0]
     except OSError:
-        return ""
-    found = re.search(rf"^{name}[ \t]*:[ \t]*(.*)$", text, re.MULTILINE)
-    return found[1] if found else ""
+        return {}
+    lines = (line.partition(":") for line in first.splitlines())
+    return {name.strip(): value.strip() for name, _, value in lines}
 
 
 def instructions() -> list[str]:

@@ -322,10 +322,11 @@ class AsTheyLie : public ByVectors<Format> {
 
   void score(const Piece& k, Floats* scores) const {
     if (!k.whole()) return Strips::score(k, scores);
-    if constexpr (HELD) {  // the queries of heads of 64 or 128 channels stay in registers, if there are as many
+    // The queries of heads of 64 or 128 channels stay in registers, if there are as many.
+    if constexpr (HELD)
       if (k.D == 8 * QUARTER) return score_by_fours<8>(k, scores);
-      if (Format::WORDS == 16 && k.D == 16 * QUARTER) return score_by_fours<Format::WORDS == 16 ? 16 : 0>(k, scores);
-    }
+    if constexpr (HELD && Format::WORDS == 16)
+      if (k.D == 16 * QUARTER) return score_by_fours<16>(k, scores);
     score_by_fours<0>(k, scores);
   }
 
@@ -398,7 +399,7 @@ class AsTheyLie : public ByVectors<Format> {
         quarters[four] = sums_of_four(sums);
       }
       turn_quarters(quarters);
-      if (count == 4)
+      if (count == 4)  // as most often; of any number GCC makes a call
         std::copy_n(quarters, 4, scores);
       else
         for (int64_t r = 0; r < count; r++) scores[r] = quarters[r];

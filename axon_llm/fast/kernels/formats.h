@@ -21,11 +21,15 @@ constexpr int TURNS = HELD || ROWS <= 2 ? 2 : 1;
 // fast.
 constexpr int WORDS_AT_ONCE = HELD ? 16 : 2;
 
+// Whether two words come of a line.
+template <class Format>
+constexpr bool SHARED = Format::line(0) == Format::line(1);
+
 // Word i of a block, as it is multiplied: what a format makes of one of the block's lines.
 template <class Format>
 inline auto word_at(const uint8_t* block, int i) {
   const Words line = words_at(block + Format::line(i));
-  return Format::word(Format::SHARED ? now(line) : line, i);
+  return Format::word(SHARED<Format> ? now(line) : line, i);
 }
 
 // A block's sixteen words from where it begins, and what else is in it: all of them loaded, or each when it is wanted.
@@ -126,8 +130,7 @@ struct Pairs {
   using Block = std::conditional_t<HELD, Loaded<Pairs>, InPlace<Pairs>>;   // for several rows
   using AtOnce = std::conditional_t<HELD, InTurn<Pairs>, InPlace<Pairs>>;  // for up to four
 
-  static constexpr bool SHARED = false;  // whether two words come of a line
-  static constexpr int64_t line(int i) { return 64 * i; }
+  static constexpr int64_t line(int i) { return 64 * i; }  // where word i comes from
   static Words word(Words line, int) { return line; }
 
   static void prepare(const uint16_t* x, int64_t R, int64_t K, int64_t blocks, Activations& a) {
@@ -233,7 +236,6 @@ struct Int8 {
   using Block = std::conditional_t<HELD, Loaded<Int8>, InPlace<Int8>>;
   using AtOnce = std::conditional_t<HELD, InTurn<Int8>, InPlace<Int8>>;
 
-  static constexpr bool SHARED = false;
   static constexpr int64_t line(int i) { return 64 * i; }
   static Fours word(Words line, int) { return fours(line); }
 
@@ -302,7 +304,6 @@ struct Int4 {
 
   // Half bytes, eight words to a group. What two words, or a group's two factors, have in common is read once: GCC
   // would read it for each, and Zen 4 takes a cycle to read 64 bytes.
-  static constexpr bool SHARED = true;
   static constexpr int64_t line(int i) { return i / 8 * (BYTES / 2) + i % 8 / 2 * 64; }
   static Words word(Words line, int i) { return i % 2 == 0 ? low_halves(line) : high_halves(line); }
 

@@ -44,7 +44,7 @@ inline void add_to_several(auto told, const uint8_t* p, int64_t blocks, const Ac
 template <class Format, int ROWS>
 inline void add_in_turn(const uint8_t* p, int64_t blocks, const Activations& a, int64_t at,
                         typename Format::Sum* sums) {
-  static_assert(ROWS == 1 || !Format::SHARED, "words of a shared line would be wanted in another order");
+  static_assert(ROWS == 1 || !SHARED<Format>, "words of a shared line would be wanted in another order");
   typename Format::Sum here[ROWS];
   std::copy_n(sums, ROWS, here);
   for (int64_t b = 0; b < blocks; b++, p += Format::BYTES, at += a.rows) {
@@ -60,7 +60,7 @@ inline void add_blocks(const uint8_t* p, int64_t blocks, const Activations& a, i
   if (rows == 1) return add_in_turn<Format, 1>(p, blocks, a, at, sums);
   const bool told = rows >= Format::TOLD_ROWS;
   if constexpr (!HELD) return add_to_several<Format>(told, p, blocks, a, at, rows, sums);
-  if constexpr (HELD && Format::TOLD_ROWS > 4)
+  if constexpr (Format::TOLD_ROWS > 4)
     if (rows == 4) return add_in_turn<Format, 4>(p, blocks, a, at, sums);
   if (told) return add_to_several<Format>(std::true_type(), p, blocks, a, at, rows, sums);
   return add_to_several<Format>(std::false_type(), p, blocks, a, at, rows, sums);
