@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from axon_llm.bench import speculation, startup
+from axon_llm.bench.rows import STRETCH
 
 from .bench import render
 
@@ -117,8 +118,9 @@ def _write(out: Path, head: dict[str, Any], repetitions: int, sections: list[str
         f"{head['python']}, commit {head['commit']}. Random weights (never zero), medians of {repetitions} "
         "interleaved repetitions after one warm-up. `pp512` prefills 512 tokens; `tg24 @ d512` decodes 24 tokens with "
         '512 in the cache. "Of the limit" holds decode against reading weights and cache once at the read bandwidth '
-        "measured right before and after, and prefill against the rate of a large matrix product of the same kind. "
-        "Memory is read by PyTorch's sum and by our own reader, and the faster of the two counts. "
+        f"measured every {STRETCH} steps, right before and after them, and prefill against the rate of a large matrix "
+        "product of the same kind. Memory is read by PyTorch's sum and by our own reader, and the faster of the two "
+        "counts. "
         "On a shared machine only ratios of one run mean anything.",
         "",
         *sections,
@@ -163,18 +165,21 @@ def _program(
 
 
 def _slope(report: dict[str, Any]) -> str:
-    """What a longer context costs, against reading the keys and values that it adds."""
+    """What a longer context costs, against reading the keys and values that it adds.
+
+    Both steps are told in bytes that memory could have read meanwhile, by the probes around them: the two may have met
+    a memory of different speeds.
+    """
     rows = {row["depth"]: row for row in report["rows"]}
     short, sentences = rows[512], []
     for depth, long in rows.items():
         if depth >= 8000:
-            extra = (long["bytes_per_token"] - short["bytes_per_token"]) / 1e6
-            measured = long["ms_per_step"] - short["ms_per_step"]
-            least, summed = (extra / report[rate] for rate in ("read_gb_per_s", "sum_gb_per_s"))
+            least = long["bytes_per_token"] - short["bytes_per_token"]
+            taken = long["bytes_per_token"] / long["share_of_ceiling"]
+            taken -= short["bytes_per_token"] / short["share_of_ceiling"]
             sentences.append(
-                f"From 512 to {depth:,} tokens a step takes {measured:.1f} ms more; reading the added keys and values "
-                f"takes {least:.1f} ms at the read bandwidth: {measured / least:.1f} × (as PyTorch sums them, "
-                f"{summed:.1f} ms: {measured / summed:.1f} ×)."
+                f"From 512 to {depth:,} tokens keys and values add {least / 1e6:.0f} MB to a step, and it takes as "
+                f"much longer as reading {taken / 1e6:.0f} MB at the bandwidth around it: {taken / least:.1f} ×."
             )
     return " ".join(sentences)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from statistics import median
 
 import torch
@@ -22,32 +21,16 @@ _MATRIX = {"cpu": 2048, "cuda": 8192}
 _AT_ONCE = 10  # on a GPU: the time of a launch would count in one alone
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What the machine could do at one moment.
-
-    Attributes:
-        bytes_per_s: between memory and processor.
-        flops_per_s: operations of a large matrix product.
-    """
-
-    bytes_per_s: float
-    flops_per_s: float
-
-    def between(self, other: Limits) -> Limits:
-        """The mean of two moments."""
-        return Limits((self.bytes_per_s + other.bytes_per_s) / 2, (self.flops_per_s + other.flops_per_s) / 2)
-
-
 class Ceilings:
     """Probes that are run again and again between measurements.
 
-    On a shared machine the memory can be twice as fast in one minute as in the next, so each measurement is held
-    against the probes right before and right after it.
+    On a shared machine the memory can be twice as fast in one second as in the next, so each measurement is held
+    against the probes right before and right after it, and lasts no longer than it must.
 
     Memory is read on a CPU: summed by PyTorch, and where there are kernels by our own reader (``kernels/memory.cpp``),
-    which is a fifth faster on some processors because it tells them what it needs next. The faster of the two is the
-    limit. On a GPU memory is copied, as its makers measure it, and each byte counts twice.
+    which is a fifth faster on some processors because it tells them what it needs next. Each reads once, for the best
+    of several would be a luckier moment than what is measured had; the faster of the two is the limit. On a GPU memory
+    is copied, as its makers measure it, and each byte counts twice.
 
     The matrix product is of the kind that a prefill is made of: of int8 where it multiplies int8, of float32 where that
     is faster than bfloat16 and so takes its place.
@@ -75,13 +58,17 @@ class Ceilings:
         self._summed: list[float] = []
         self._matmul: list[float] = []
 
-    def probe(self) -> Limits:
-        """Measure each once."""
-        self._summed.append(self._bytes / self._quickest(self._touch))
-        ours = self._bytes / self._quickest(lambda: torch.ops.axon.read_words(self._data)) if self._ours else 0.0
+    def read(self) -> float:
+        """Bytes per second between memory and processor, all threads together, now."""
+        self._summed.append(self._bytes / self._seconds(self._touch, 1))
+        ours = self._bytes / self._seconds(lambda: torch.ops.axon.read_words(self._data), 1) if self._ours else 0.0
         self._read.append(max(self._summed[-1], ours))
-        self._matmul.append(2 * self._size**3 / self._quickest(self._multiply))
-        return Limits(self._read[-1], self._matmul[-1])
+        return self._read[-1]
+
+    def multiply(self) -> float:
+        """Operations per second of a large matrix product, now."""
+        self._matmul.append(2 * self._size**3 / self._seconds(self._multiply, 3))
+        return self._matmul[-1]
 
     def _product(self, device: torch.device, dtype: torch.dtype, int8: bool) -> Callable[[], object]:
         size = self._size
@@ -102,9 +89,10 @@ class Ceilings:
         else:
             self._copy.copy_(self._data)
 
-    def _quickest(self, work: Callable[[], object]) -> float:
+    def _seconds(self, work: Callable[[], object], times: int) -> float:
+        """The quickest of ``times`` on a CPU, the mean of several on a GPU."""
         if self._device.type == "cpu":
-            return min(seconds(work, self._device) for _ in range(3))
+            return min(seconds(work, self._device) for _ in range(times))
         work()
         before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         before.record()
@@ -116,7 +104,7 @@ class Ceilings:
 
     @property
     def read_bytes_per_s(self) -> float:
-        """Bytes per second between memory and processor, all threads together: the median of all probes."""
+        """The median of all that :meth:`read` found."""
         return median(self._read)
 
     @property
@@ -126,7 +114,7 @@ class Ceilings:
 
     @property
     def flops_per_s(self) -> float:
-        """Operations per second of a large matrix product: the median of all probes."""
+        """The median of all that :meth:`multiply` found."""
         return median(self._matmul)
 
 

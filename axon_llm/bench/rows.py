@@ -5,18 +5,23 @@ with 2,048 tokens in the cache before. All rows are measured in turn, several ti
 machine's speed meets all of them.
 
 The cache's contents are random numbers: what is in it has no bearing on speed, except that zeros might.
+
+A row is held against the machine's limit around it. Memory shared with others may be twice as fast in one second as in
+the next, and a decode row lasts for seconds; so on a CPU it stops every few steps for a probe of the limit, and each
+stretch of steps is held against the probes at its two ends.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import mean, median, stdev
 
 import torch
 from torch import nn
 
-from axon_llm.bench.ceiling import Ceilings, Limits, seconds
+from axon_llm.bench.ceiling import Ceilings, seconds
 from axon_llm.config import ModelConfig
 from axon_llm.engine.runner import Runner
 from axon_llm.engine.sampling import likeliest_of
@@ -24,6 +29,8 @@ from axon_llm.fast import ops
 from axon_llm.fast.int8 import Int8Linear
 from axon_llm.fast.strips import Int4Strips, Int8Strips
 from axon_llm.model import Transformer
+
+STRETCH = 4  # decode steps between two probes on a CPU; a GPU's memory keeps its speed
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,24 +64,15 @@ class Row:
         bytes_per_step: bytes of weights and cache that one decode step must read, on average over the row; 0 for
             prefill.
         flops: multiplications and additions of the whole prefill; 0 for decode.
-        seconds: of each repetition.
-        limits: what the machine could do around each repetition.
+        seconds: of each repetition, probes left out.
+        shares: of the limit, of every stretch between two probes: of bandwidth for decode, of products for prefill.
     """
 
     case: Case
     bytes_per_step: float
     flops: float
     seconds: list[float] = field(default_factory=list)
-    limits: list[Limits] = field(default_factory=list)
-
-    @property
-    def shares(self) -> list[float]:
-        """Share of the limit that each repetition reached: of bandwidth for decode, of products for prefill."""
-        if self.case.kind == "tg":
-            needed = [self.bytes_per_step * self.case.tokens / limit.bytes_per_s for limit in self.limits]
-        else:
-            needed = [self.flops / limit.flops_per_s for limit in self.limits]
-        return [least / taken for least, taken in zip(needed, self.seconds, strict=True)]
+    shares: list[float] = field(default_factory=list)
 
     @property
     def rates(self) -> list[float]:
@@ -155,18 +153,44 @@ def measure(
         for case in cases
     ]
     for repetition in range(repetitions + 1):
+        ceilings.read()
+        ceilings.multiply()
         for row in rows:
             if progress is not None:
                 progress(f"{row.case.name} × {row.case.batch} ({'warm-up' if repetition == 0 else repetition})")
-            work = _prefill if row.case.kind == "pp" else _decode
-            before = ceilings.probe()
-            taken = seconds(lambda: work(runner, row.case), runner.device)  # noqa: B023 - called at once
+            taken, shares = _repeat(row, runner, ceilings)
             if repetition:
                 row.seconds.append(taken)
-                row.limits.append(before.between(ceilings.probe()))
+                row.shares += shares
             if after is not None:
                 after(row.case)
     return rows, ceilings, runner
+
+
+def _repeat(row: Row, runner: Runner, ceilings: Ceilings) -> tuple[float, list[float]]:
+    """Run a case once: its seconds, without the probes, and each stretch's share of the limit around it."""
+    limit = ceilings.multiply if row.case.kind == "pp" else ceilings.read
+    before, taken, shares = limit(), 0.0, []
+    for needed, work in _stretches(row, runner):
+        lasted = seconds(work, runner.device)
+        after = limit()
+        taken += lasted
+        shares.append(2 * needed / (before + after) / lasted)
+        before = after
+    return taken, shares
+
+
+def _stretches(row: Row, runner: Runner) -> Iterator[tuple[float, Callable[[], None]]]:
+    """A case's work in order: operations or bytes that each stretch needs, and the stretch."""
+    case = row.case
+    if case.kind == "pp":
+        yield row.flops, lambda: _prefill(runner, case.tokens)
+        return
+    tokens = _tokens(runner, case.batch)
+    steps = STRETCH if runner.device.type == "cpu" else case.tokens
+    for start in range(0, case.tokens, steps):
+        positions = range(case.depth + start, case.depth + min(start + steps, case.tokens))
+        yield row.bytes_per_step * len(positions), partial(_decode, runner, tokens, positions)
 
 
 def step_bytes(config: ModelConfig, case: Case, weight_bytes: int, runner: Runner) -> float:
@@ -184,20 +208,20 @@ def prefill_flops(config: ModelConfig, tokens: int) -> float:
     return 2.0 * per_token * tokens + attention + 2.0 * config.vocab_size * config.hidden_size
 
 
-def _prefill(runner: Runner, case: Case) -> None:
-    tokens = _tokens(runner, case.tokens)
+def _prefill(runner: Runner, count: int) -> None:
+    tokens = _tokens(runner, count)
     chunk = runner.buckets.chunks.values[-1]
-    for start in range(0, case.tokens, chunk):
-        logits = runner.prefill(0, tokens, start, min(start + chunk, case.tokens))
+    for start in range(0, count, chunk):
+        logits = runner.prefill(0, tokens, start, min(start + chunk, count))
     int(logits.argmax())
 
 
-def _decode(runner: Runner, case: Case) -> None:
-    tokens, likeliest = _tokens(runner, case.batch), likeliest_of(runner.model)
-    for step in range(case.tokens):
-        position = case.depth + step
-        logits = runner.decode(tokens, [position] * case.batch, runner.buckets.lengths.at_least(position + 1))
-        tokens = likeliest(logits)[1].tolist()  # the one read of a step, as in the engine
+def _decode(runner: Runner, tokens: list[int], positions: Iterable[int]) -> None:
+    """One step for each position, from ``tokens`` on, which become the newest."""
+    likeliest = likeliest_of(runner.model)
+    for position in positions:
+        logits = runner.decode(tokens, [position] * len(tokens), runner.buckets.lengths.at_least(position + 1))
+        tokens[:] = likeliest(logits)[1].tolist()  # the one read of a step, as in the engine
 
 
 def _tokens(runner: Runner, count: int) -> list[int]:

@@ -2,17 +2,22 @@
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from axon_llm import load
+from axon_llm.bench import rows as bench_rows
+from axon_llm.bench.rows import Case, Row
 from axon_llm.bench.speculation import PERIOD, measure, permuting
 from axon_llm.bench.startup import run_process, write_checkpoint
 from axon_llm.checkpoint import random_model
 from axon_llm.engine.generate import greedy
+from axon_llm.engine.runner import Runner
 from axon_llm.errors import AxonError
 from axon_llm.shapes import shape_config
+from cli.benchmarks import _slope
 
 
 @pytest.mark.parametrize("period", [PERIOD, None])
@@ -47,3 +52,29 @@ def test_a_program_is_timed_and_its_memory_counted() -> None:
     seconds, peak = run_process([sys.executable, "-c", "held = bytearray(b'x') * 200_000_000"])
     assert seconds > 0
     assert 200e6 < peak < 400e6
+
+
+def test_each_stretch_of_a_decode_row_is_held_against_the_probes_at_its_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_model(shape_config("tiny"), torch.device("cpu"), torch.float32)
+    runner = Runner(model, slots=1, max_seq_len=9)
+    positions = []
+    decode = runner.decode
+    monkeypatch.setattr(
+        runner, "decode", lambda tokens, at, length: (positions.extend(at), decode(tokens, at, length))[1]
+    )
+    monkeypatch.setattr(bench_rows, "seconds", lambda work, device: (work(), 2.0)[1])
+    probes = iter([10.0, 30.0, 10.0])
+    row = Row(Case("tg", tokens=6, depth=3), bytes_per_step=10.0, flops=0.0)
+    taken, shares = bench_rows._repeat(row, runner, SimpleNamespace(read=lambda: next(probes)))  # type: ignore[arg-type]
+    assert positions == [3, 4, 5, 6, 7, 8]
+    assert (taken, shares) == (4.0, [4 * 10 / 20 / 2, 2 * 10 / 20 / 2])
+
+
+def test_what_a_longer_context_costs_does_not_depend_on_the_memory_that_each_row_met() -> None:
+    # 512: 100 MB in the time of 125; 8,000: 160 MB in the time of 200. Which of them met a slow memory is not in it.
+    rows = [
+        {"depth": 512, "bytes_per_token": 100e6, "share_of_ceiling": 0.8, "ms_per_step": 9.0},
+        {"depth": 8000, "bytes_per_token": 160e6, "share_of_ceiling": 0.8, "ms_per_step": 8.0},
+    ]
+    assert "add 60 MB" in _slope({"rows": rows})
+    assert "reading 75 MB at the bandwidth around it: 1.2 ×" in _slope({"rows": rows})
