@@ -126,12 +126,13 @@ void multiply(const X* x, const Weights& weights, const float* scales, const Y& 
     for (int64_t begin, end; pieces.take(begin, end);)
       for (int64_t strip = 2 * begin, last = std::min(2 * end, count); strip < last; strip += kept) {
         const int64_t together = std::min(kept, last - strip);
-        for (int64_t s = 0, now; s < together; s += now) {
-          now = ALONE_BY_TWO && R == 1 && s + 1 < together ? 2 : 1;
+        for (int64_t i = 0, now; i < together; i += now) {
+          now = ALONE_BY_TWO && R == 1 && i + 1 < together ? 2 : 1;
+          const int64_t s = now == 2 ? i : as_they_lie(weights, i, together);
           const uint8_t* w[2];
-          for (int64_t i = 0; i < now; i++) {
-            w[i] = weights.blocks(strip + s + i, 0, blocks, bytes(room) + i * blocks * Weights::MADE);
-            for (int64_t r = 0; r < R; r++) sums[(s + i) * R + r] = Format::first(a, r);
+          for (int64_t j = 0; j < now; j++) {
+            w[j] = weights.blocks(strip + s + j, 0, blocks, bytes(room) + j * blocks * Weights::MADE);
+            for (int64_t r = 0; r < R; r++) sums[(s + j) * R + r] = Format::first(a, r);
           }
           if (now == 2)
             add_beside<Format>(w, blocks, a, sums + s);

@@ -123,6 +123,13 @@ struct ByTurns {
   }
 };
 
+// The i-th of `count` strips from an even one on, in the order in which they lie: each begins where another ends.
+inline int64_t as_they_lie(const auto&, int64_t i, int64_t) { return i; }
+template <class Weights>
+int64_t as_they_lie(const ByTurns<Weights>&, int64_t i, int64_t count) {
+  return i < count / 2 ? 2 * i : 2 * i + 1 - count;
+}
+
 // The first output channel of a strip.
 inline int64_t channel(const auto&, int64_t strip) { return strip * LANES; }
 template <class Weights>
