@@ -468,8 +468,12 @@ def test_attention_is_ours_only_in_bfloat16_on_a_cpu_with_kernels() -> None:
         assert chosen(**change) == "fused"
 
 
+# A gate of more channels than are kept before they become results.
+WIDE = replace(CONFIG, intermediate_size=1120)
+
+
 @pytest.mark.parametrize("kind", [*FORMATS, "stored"])
-@pytest.mark.parametrize("config", [CONFIG, QWEN], ids=["llama", "biases-and-qk-norm"])
+@pytest.mark.parametrize("config", [CONFIG, QWEN, WIDE], ids=["llama", "biases-and-qk-norm", "wide"])
 @pytest.mark.parametrize("rows", [1, 3])
 def test_blocks_in_one_call_give_what_the_products_one_by_one_do(
     kind: str, config: ModelConfig, rows: int, way: ops.Products, monkeypatch: pytest.MonkeyPatch
