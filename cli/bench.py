@@ -52,7 +52,7 @@ def command(
 ) -> None:
     """Measure prefill (pp) and decode (tg) in tokens/s, and the share of the machine's limits, in one interleaved run.
 
-    Decode is held against reading weights and cache once at the read bandwidth measured right before and after, prefill
+    Decode is held against reading weights and cache once at the read bandwidth, measured every few steps, prefill
     against the rate of a large matrix product.
     """
     output = "json" if as_json else output
