@@ -1,6 +1,6 @@
-// Attention over the cache: two products with strips (attention.h), and a softmax between them that is taken piece by
-// piece. Each row carries its largest score so far; when a larger one comes, what was summed before is scaled down
-// (Milakov and Gimelshein, 2018; Dao et al., 2022, "FlashAttention").
+// Attention over the cache: two products (attention.h; for few rows, and by the matrix unit, in the files after it),
+// and a softmax between them that is taken piece by piece. Each row carries its largest score so far; when a larger one
+// comes, what was summed before is scaled down (Milakov and Gimelshein, 2018; Dao et al., 2022, "FlashAttention").
 //
 // Pieces that no row of a task may see are skipped, so neither the future nor the unused tail of a cache is read.
 //
@@ -14,7 +14,8 @@
 #include <cmath>
 #include <limits>
 
-#include "attention.h"
+#include "attention_few.h"
+#include "attention_tiles.h"
 
 namespace {
 

@@ -13,7 +13,7 @@
 
 #pragma once
 
-#include "formats.h"
+#include "rows.h"
 
 #ifdef AXON_TILES
 #include <sys/syscall.h>
