@@ -52,8 +52,8 @@ def command(
 ) -> None:
     """Measure prefill (pp) and decode (tg) in tokens/s, and the share of the machine's limits, in one interleaved run.
 
-    Decode is held against reading weights and cache once at the read bandwidth, measured every few steps, prefill
-    against the rate of a large matrix product.
+    Decode is held against reading weights and cache once at the bandwidth around it (on a CPU every quarter of a
+    second), prefill against the rate of a large matrix product.
     """
     output = "json" if as_json else output
     if output not in FORMATS:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from axon_llm.bench import speculation, startup
-from axon_llm.bench.rows import STRETCH
+from axon_llm.bench.rows import STRETCH_S
 
 from .bench import render
 
@@ -118,9 +118,8 @@ def _write(out: Path, head: dict[str, Any], repetitions: int, sections: list[str
         f"{head['python']}, commit {head['commit']}. Random weights (never zero), medians of {repetitions} "
         "interleaved repetitions after one warm-up. `pp512` prefills 512 tokens; `tg24 @ d512` decodes 24 tokens with "
         '512 in the cache. "Of the limit" holds decode against reading weights and cache once at the read bandwidth '
-        f"measured every {STRETCH} steps, right before and after them, and prefill against the rate of a large matrix "
-        "product of the same kind. Memory is read by PyTorch's sum and by our own reader, and the faster of the two "
-        "counts. "
+        f"measured every {STRETCH_S} s, right before and after, and prefill against the rate of a large matrix product "
+        "of the same kind. Memory is read by PyTorch's sum and by our own reader, and the faster of the two counts. "
         "On a shared machine only ratios of one run mean anything.",
         "",
         *sections,
@@ -178,8 +177,8 @@ def _slope(report: dict[str, Any]) -> str:
             taken = long["bytes_per_token"] / long["share_of_ceiling"]
             taken -= short["bytes_per_token"] / short["share_of_ceiling"]
             sentences.append(
-                f"From 512 to {depth:,} tokens keys and values add {least / 1e6:.0f} MB to a step, and it takes as "
-                f"much longer as reading {taken / 1e6:.0f} MB at the bandwidth around it: {taken / least:.1f} ×."
+                f"From 512 to {depth:,} tokens keys and values add {least / 1e6:.0f} MB to a step, and lengthen it by "
+                f"as much as reading {taken / 1e6:.0f} MB takes at the bandwidth around it: {taken / least:.1f} ×."
             )
     return " ".join(sentences)
 

@@ -1,7 +1,7 @@
 """The machine's limits, measured in the same run as what is held against them.
 
 A decode step cannot be faster than reading its weights and cache once; a prefill cannot be faster than its
-multiplications. Both rates depend on the machine, the threads, and on a shared machine on the minute.
+multiplications. Both rates depend on the machine, the threads, and on a shared machine on the moment.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ class Ceilings:
     """Probes that are run again and again between measurements.
 
     On a shared machine the memory can be twice as fast in one second as in the next, so each measurement is held
-    against the probes right before and right after it, and lasts no longer than it must.
+    against the probes right before and right after it, and should be short.
 
     Memory is read on a CPU: summed by PyTorch, and where there are kernels by our own reader (``kernels/memory.cpp``),
     which is a fifth faster on some processors because it tells them what it needs next. Each reads once, for the best
-    of several would be a luckier moment than what is measured had; the faster of the two is the limit. On a GPU memory
-    is copied, as its makers measure it, and each byte counts twice.
+    of many would be a luckier moment than what is measured had; the faster of the two is the limit. On a GPU memory is
+    copied, as its makers measure it, and each byte counts twice.
 
     The matrix product is of the kind that a prefill is made of: of int8 where it multiplies int8, of float32 where that
-    is faster than bfloat16 and so takes its place.
+    is faster than bfloat16 and so takes its place. It is the best of three on a CPU, for it takes as little as 20 ms.
 
     Args:
         device: what to probe.
@@ -58,15 +58,15 @@ class Ceilings:
         self._summed: list[float] = []
         self._matmul: list[float] = []
 
-    def read(self) -> float:
-        """Bytes per second between memory and processor, all threads together, now."""
+    def probe_bandwidth(self) -> float:
+        """Bytes per second between memory and processor now, all threads together; kept for the median."""
         self._summed.append(self._bytes / self._seconds(self._touch, 1))
         ours = self._bytes / self._seconds(lambda: torch.ops.axon.read_words(self._data), 1) if self._ours else 0.0
         self._read.append(max(self._summed[-1], ours))
         return self._read[-1]
 
-    def multiply(self) -> float:
-        """Operations per second of a large matrix product, now."""
+    def probe_product(self) -> float:
+        """Operations per second of a large matrix product now; kept for the median."""
         self._matmul.append(2 * self._size**3 / self._seconds(self._multiply, 3))
         return self._matmul[-1]
 
@@ -104,7 +104,7 @@ class Ceilings:
 
     @property
     def read_bytes_per_s(self) -> float:
-        """The median of all that :meth:`read` found."""
+        """Bytes per second: the median of all that :meth:`probe_bandwidth` found."""
         return median(self._read)
 
     @property
@@ -114,7 +114,7 @@ class Ceilings:
 
     @property
     def flops_per_s(self) -> float:
-        """The median of all that :meth:`multiply` found."""
+        """Operations per second: the median of all that :meth:`probe_product` found."""
         return median(self._matmul)
 
 

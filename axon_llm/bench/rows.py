@@ -7,13 +7,15 @@ machine's speed meets all of them.
 The cache's contents are random numbers: what is in it has no bearing on speed, except that zeros might.
 
 A row is held against the machine's limit around it. Memory shared with others may be twice as fast in one second as in
-the next, and a decode row lasts for seconds; so on a CPU it stops every few steps for a probe of the limit, and each
-stretch of steps is held against the probes at its two ends.
+the next, and a decode row lasts for seconds; so on a CPU it stops every quarter of a second for a probe of the limit,
+and each stretch of steps is held against the probes at its two ends. The step after a probe finds its caches cold:
+among a quarter of a second's steps that does not show.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from statistics import mean, median, stdev
@@ -30,7 +32,7 @@ from axon_llm.fast.int8 import Int8Linear
 from axon_llm.fast.strips import Int4Strips, Int8Strips
 from axon_llm.model import Transformer
 
-STRETCH = 4  # decode steps between two probes on a CPU; a GPU's memory keeps its speed
+STRETCH_S = 0.25  # seconds of decode between two probes on a CPU, at the least; a GPU's memory keeps its speed
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +67,8 @@ class Row:
             prefill.
         flops: multiplications and additions of the whole prefill; 0 for decode.
         seconds: of each repetition, probes left out.
-        shares: of the limit, of every stretch between two probes: of bandwidth for decode, of products for prefill.
+        shares: of each stretch between two probes, the share it reached of the bandwidth (decode) or of the matrix
+            product's rate (prefill).
     """
 
     case: Case
@@ -153,8 +156,8 @@ def measure(
         for case in cases
     ]
     for repetition in range(repetitions + 1):
-        ceilings.read()
-        ceilings.multiply()
+        ceilings.probe_bandwidth()
+        ceilings.probe_product()
         for row in rows:
             if progress is not None:
                 progress(f"{row.case.name} × {row.case.batch} ({'warm-up' if repetition == 0 else repetition})")
@@ -169,28 +172,22 @@ def measure(
 
 def _repeat(row: Row, runner: Runner, ceilings: Ceilings) -> tuple[float, list[float]]:
     """Run a case once: its seconds, without the probes, and each stretch's share of the limit around it."""
-    limit = ceilings.multiply if row.case.kind == "pp" else ceilings.read
-    before, taken, shares = limit(), 0.0, []
-    for needed, work in _stretches(row, runner):
-        lasted = seconds(work, runner.device)
-        after = limit()
-        taken += lasted
-        shares.append(2 * needed / (before + after) / lasted)
-        before = after
-    return taken, shares
-
-
-def _stretches(row: Row, runner: Runner) -> Iterator[tuple[float, Callable[[], None]]]:
-    """A case's work in order: operations or bytes that each stretch needs, and the stretch."""
     case = row.case
     if case.kind == "pp":
-        yield row.flops, lambda: _prefill(runner, case.tokens)
-        return
-    tokens = _tokens(runner, case.batch)
-    steps = STRETCH if runner.device.type == "cpu" else case.tokens
-    for start in range(0, case.tokens, steps):
-        positions = range(case.depth + start, case.depth + min(start + steps, case.tokens))
-        yield row.bytes_per_step * len(positions), partial(_decode, runner, tokens, positions)
+        before = ceilings.probe_product()
+        taken = seconds(lambda: _prefill(runner, case.tokens), runner.device)
+        return taken, [2 * row.flops / (before + ceilings.probe_product()) / taken]
+    tokens, done, taken, shares = _tokens(runner, case.batch), 0, 0.0, []
+    before = ceilings.probe_bandwidth()
+    while done < case.tokens:
+        on_cpu = runner.device.type == "cpu"
+        steps = min(case.tokens - done, math.ceil(STRETCH_S * before / row.bytes_per_step) if on_cpu else case.tokens)
+        positions = range(case.depth + done, case.depth + done + steps)
+        lasted = seconds(partial(_decode, runner, tokens, positions), runner.device)
+        after = ceilings.probe_bandwidth()
+        shares.append(2 * row.bytes_per_step * steps / (before + after) / lasted)
+        done, taken, before = done + steps, taken + lasted, after
+    return taken, shares
 
 
 def step_bytes(config: ModelConfig, case: Case, weight_bytes: int, runner: Runner) -> float:

@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -57,24 +58,32 @@ def test_a_program_is_timed_and_its_memory_counted() -> None:
 def test_each_stretch_of_a_decode_row_is_held_against_the_probes_at_its_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     model = random_model(shape_config("tiny"), torch.device("cpu"), torch.float32)
     runner = Runner(model, slots=1, max_seq_len=9)
-    positions = []
-    decode = runner.decode
-    monkeypatch.setattr(
-        runner, "decode", lambda tokens, at, length: (positions.extend(at), decode(tokens, at, length))[1]
-    )
+    decode, steps = runner.decode, []
+
+    def watched(tokens: list[int], at: list[int], length: int) -> torch.Tensor:
+        steps.append((at[0], tokens[0]))
+        return decode(tokens, at, length)
+
+    monkeypatch.setattr(runner, "decode", watched)
     monkeypatch.setattr(bench_rows, "seconds", lambda work, device: (work(), 2.0)[1])
-    probes = iter([10.0, 30.0, 10.0])
+    # Bytes a second: steps of 10 bytes fit four times into a quarter of the first probe's, six times into the second's.
+    probes = iter([160.0, 240.0, 80.0, 1e6, 1e6])
     row = Row(Case("tg", tokens=6, depth=3), bytes_per_step=10.0, flops=0.0)
-    taken, shares = bench_rows._repeat(row, runner, SimpleNamespace(read=lambda: next(probes)))  # type: ignore[arg-type]
-    assert positions == [3, 4, 5, 6, 7, 8]
-    assert (taken, shares) == (4.0, [4 * 10 / 20 / 2, 2 * 10 / 20 / 2])
+    ceilings: Any = SimpleNamespace(probe_bandwidth=lambda: next(probes))
+    taken, shares = bench_rows._repeat(row, runner, ceilings)
+    assert (taken, shares) == (4.0, [4 * 10 / 200 / 2, 2 * 10 / 160 / 2])
+    assert [position for position, _ in steps] == [3, 4, 5, 6, 7, 8]
+    in_two = steps.copy()
+    steps.clear()
+    bench_rows._repeat(row, runner, ceilings)  # in one stretch: the tokens are the same
+    assert steps == in_two
 
 
 def test_what_a_longer_context_costs_does_not_depend_on_the_memory_that_each_row_met() -> None:
-    # 512: 100 MB in the time of 125; 8,000: 160 MB in the time of 200. Which of them met a slow memory is not in it.
+    # 512: 100 MB in the time of 125; 8,000: 160 MB in the time of 215. Which of them met a slow memory is not in it.
     rows = [
         {"depth": 512, "bytes_per_token": 100e6, "share_of_ceiling": 0.8, "ms_per_step": 9.0},
-        {"depth": 8000, "bytes_per_token": 160e6, "share_of_ceiling": 0.8, "ms_per_step": 8.0},
+        {"depth": 8000, "bytes_per_token": 160e6, "share_of_ceiling": 160 / 215, "ms_per_step": 8.0},
     ]
     assert "add 60 MB" in _slope({"rows": rows})
-    assert "reading 75 MB at the bandwidth around it: 1.2 ×" in _slope({"rows": rows})
+    assert "as much as reading 90 MB takes at the bandwidth around it: 1.5 ×" in _slope({"rows": rows})

@@ -6,6 +6,8 @@
 //
 // Legend: D head_dim; a *row* is one query head of one token
 //
+// Here for any number of rows by the vector unit; the files after this have others.
+//
 // Read next: attention_few.h.
 
 #pragma once
@@ -73,7 +75,7 @@ inline Floats add_word(const Pairs&, Floats sum, Words w, const int32_t* x) { re
 #endif
 
 // scores [2, rows] of ROWS rows, from two strips of keys, in four sums: a block's word i goes to sum i mod 4, as in
-// `AsTheyLie`.
+// `AsTheyLie` (attention_few.h).
 template <class Format, int ROWS>
 inline void score_rows(const uint8_t* p, int64_t blocks, const Activations& a, int64_t r, Floats* scores) {
   constexpr int STRIPS = HELD ? 2 : 1;

@@ -1,6 +1,6 @@
 // Linear layers: rows of activations times a weight, whatever it is.
 //
-// Read next: linear.cpp, blocks.h.
+// Read next: linear.cpp, attention.h.
 
 #pragma once
 
@@ -18,7 +18,8 @@ constexpr int64_t STORED_ROWS = HELD ? 8 : 2;
 // What is taken together of many rows: strips, and blocks of each.
 constexpr int64_t MANY_STRIPS = 8, MANY_BLOCKS = 32;
 // Sums of few rows that are kept and become results together: what they are added to, and where they go, is in no
-// cache, and waiting for it strip by strip makes int4 at one row 1.5 % slower (Intel with AMX).
+// cache, and waiting for it strip by strip makes int4 at one row 1.5 % slower (Intel with AMX). Of strips that come by
+// turns so many are read in the order of memory.
 constexpr int64_t KEPT = 64;
 // What the matrix unit takes together, so that activations, weights and sums stay in the second-level cache.
 constexpr int64_t TILE_ROWS = 512, TILE_BLOCKS = 8, TILE_STRIPS = 32;
@@ -128,7 +129,7 @@ void multiply(const X* x, const Weights& weights, const float* scales, const Y& 
         const int64_t together = std::min(kept, last - strip);
         for (int64_t i = 0, now; i < together; i += now) {
           now = ALONE_BY_TWO && R == 1 && i + 1 < together ? 2 : 1;
-          const int64_t s = now == 2 ? i : as_they_lie(weights, i, together);
+          const int64_t s = now == 2 ? i : in_memory_order(weights, i, together);
           const uint8_t* w[2];
           for (int64_t j = 0; j < now; j++) {
             w[j] = weights.blocks(strip + s + j, 0, blocks, bytes(room) + j * blocks * Weights::MADE);

@@ -123,10 +123,11 @@ struct ByTurns {
   }
 };
 
-// The i-th of `count` strips from an even one on, in the order in which they lie: each begins where another ends.
-inline int64_t as_they_lie(const auto&, int64_t i, int64_t) { return i; }
+// The i-th of `count` strips from an even one on, in the order of memory: of strips that come by turns, whose count is
+// even, first those of the one weight and then those of the other.
+inline int64_t in_memory_order(const auto&, int64_t i, int64_t) { return i; }
 template <class Weights>
-int64_t as_they_lie(const ByTurns<Weights>&, int64_t i, int64_t count) {
+int64_t in_memory_order(const ByTurns<Weights>&, int64_t i, int64_t count) {
   return i < count / 2 ? 2 * i : 2 * i + 1 - count;
 }
 
