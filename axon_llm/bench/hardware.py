@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from axon_llm import __version__
+from axon_llm.fast import native
 
 
 def environment(device: torch.device) -> dict[str, str | int]:
@@ -27,17 +28,8 @@ def hardware(device: torch.device) -> str:
     """The GPU's name, or the CPU's with its cores and its matrix instructions."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
-    flags: set[str] = set()
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                name = line.split(":", 1)[1].strip()
-            if line.startswith("flags"):
-                flags = set(line.split(":", 1)[1].split())
-                break
-    except OSError:
-        pass
+    name = native.processor().get("model name") or platform.processor() or platform.machine()
+    flags = native.processor_flags()
     extras = [flag for flag in ("amx_bf16", "avx512_bf16", "avx512_vnni", "avx2") if flag in flags]
     return f"{name}, {torch.get_num_threads()} threads" + (f" ({', '.join(extras[:3])})" if extras else "")
 

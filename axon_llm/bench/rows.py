@@ -156,7 +156,7 @@ def measure(
         for case in cases
     ]
     for repetition in range(repetitions + 1):
-        ceilings.probe_bandwidth()
+        ceilings.probe_bandwidth()  # both, whatever the rows ask for: a report has both
         ceilings.probe_product()
         for row in rows:
             if progress is not None:
@@ -178,9 +178,9 @@ def _repeat(row: Row, runner: Runner, ceilings: Ceilings) -> tuple[float, list[f
         taken = seconds(lambda: _prefill(runner, case.tokens), runner.device)
         return taken, [2 * row.flops / (before + ceilings.probe_product()) / taken]
     tokens, done, taken, shares = _tokens(runner, case.batch), 0, 0.0, []
+    on_cpu = runner.device.type == "cpu"
     before = ceilings.probe_bandwidth()
     while done < case.tokens:
-        on_cpu = runner.device.type == "cpu"
         steps = min(case.tokens - done, math.ceil(STRETCH_S * before / row.bytes_per_step) if on_cpu else case.tokens)
         positions = range(case.depth + done, case.depth + done + steps)
         lasted = seconds(partial(_decode, runner, tokens, positions), runner.device)

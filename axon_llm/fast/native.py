@@ -120,12 +120,12 @@ def built() -> Path:
 
 def processor_flags() -> frozenset[str]:
     """What the processor says it can do (Linux; nothing elsewhere)."""
-    return frozenset(_processor().get("flags", "").split())
+    return frozenset(processor().get("flags", "").split())
 
 
 def is_zen4() -> bool:
     """Whether the processor is an AMD Zen 4, whatever a virtual machine hides of it."""
-    said = _processor()
+    said = processor()
     if (said.get("vendor_id"), said.get("cpu family")) != ("AuthenticAMD", "25"):
         return False
     model = int(said.get("model", 0))
@@ -133,7 +133,7 @@ def is_zen4() -> bool:
 
 
 @cache
-def _processor() -> dict[str, str]:
+def processor() -> dict[str, str]:
     """What ``/proc/cpuinfo`` has of the first processor; it takes a while where there are many."""
     try:
         first = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0]

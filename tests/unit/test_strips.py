@@ -892,7 +892,7 @@ def test_a_zen_4_is_known_whatever_is_hidden_of_it(
     vendor: str, family: str, model: str, zen4: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said = {"vendor_id": vendor, "cpu family": family, "model": model} if vendor else {}
-    monkeypatch.setattr(native, "_processor", lambda: said)
+    monkeypatch.setattr(native, "processor", lambda: said)
     assert native.is_zen4() == zen4
 
 
@@ -908,7 +908,7 @@ def test_what_the_processor_says_of_itself_is_read_by_whole_names(
     said = tmp_path / "cpuinfo"
     said.write_text("processor\t: 0\nmodel name\t: Some CPU\nmodel\t\t: 17\nflags\t\t: fma avx2\n\nmodel\t\t: 18\n")
     monkeypatch.setattr(native, "Path", lambda _: said)
-    read = native._processor.__wrapped__  # which keeps nothing
+    read = native.processor.__wrapped__  # which keeps nothing
     assert (read()["model"], read()["flags"], read().get("cpu family")) == ("17", "fma avx2", None)
     monkeypatch.setattr(native, "Path", lambda _: tmp_path / "nothing")
     assert read() == {}
