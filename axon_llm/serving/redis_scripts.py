@@ -25,6 +25,7 @@ from importlib.resources import files
 from typing import Any, Literal
 
 import redis.exceptions
+from redis.driver_info import DriverInfo
 
 from axon_llm.serving.ports import StoreUnavailable
 from axon_llm.serving.settings import ServingSettings
@@ -179,6 +180,9 @@ def connection_options(settings: ServingSettings) -> dict[str, Any]:
         "socket_connect_timeout": settings.redis_timeout_s,
         "socket_keepalive": True,
         "health_check_interval": 15,
+        # A new connection does not say which library it is: redis-py sends that as two commands before it reads a
+        # reply, and a health check that falls due between them takes the first one's reply for its own.
+        "driver_info": DriverInfo(name="", lib_version=""),
         "protocol": 2,
     }
     if settings.tls_ca_file is not None and settings.redis_url.get_secret_value().startswith("rediss://"):

@@ -9,11 +9,13 @@ import asyncio
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis
 import redis.exceptions
 
+from axon_llm.serving import redis_client, redis_scripts
 from axon_llm.serving.ports import Emit, StoreUnavailable
 from axon_llm.serving.redis_scripts import OUTBOX, WATCH, Keys, schedule_member
 from axon_llm.serving.session_store import SessionStore
@@ -143,6 +145,31 @@ def test_scripts_that_redis_has_forgotten_are_loaded_again(server: RedisServer) 
     submit(settings, make_job())
     client.close()
     log.close()
+
+
+def test_a_health_check_may_fall_due_at_any_moment_of_a_new_connection(
+    server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Before redis-py was told to keep its name to itself, a check between its first two commands took the reply to the
+    # first for a pong; an interval of next to nothing makes every moment one for a check.
+    usual = redis_scripts.connection_options
+
+    def always_due(settings: ServingSettings) -> dict[str, Any]:
+        return usual(settings) | {"health_check_interval": 1e-9}
+
+    monkeypatch.setattr(redis_scripts, "connection_options", always_due)
+    monkeypatch.setattr(redis_client, "connection_options", always_due)
+    settings, job = quick(server), make_job()
+    submit(settings, job)
+    log = TokenLog(settings)
+    assert log.claim(job, "w1").outcome == "run"
+    log.close()
+
+    async def ping() -> bool:
+        async with redis_client.asyncio_client(settings) as client:
+            return bool(await client.ping())
+
+    assert asyncio.run(ping())
 
 
 def test_a_job_that_redis_lost_is_created_again_with_a_newer_fence(server: RedisServer) -> None:
