@@ -1,7 +1,7 @@
 """Text to tokens and back: ``tokenizer.json`` by the tokenizers library, and a decoder that streams valid UTF-8.
 
 What a user types is text and nothing else: if it holds ``<|im_end|>``, the model reads those ten characters and not the
-token that ends a turn. Only the chat template can write special tokens.
+token that ends a turn. Only the chat template can write special tokens, and others that mark places in it.
 
 This file never imports torch: the session manager may use it.
 """
@@ -12,7 +12,7 @@ import codecs
 import json
 import re
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,13 @@ import tokenizers
 
 from axon_llm.chat_template import ChatTemplate
 from axon_llm.errors import RequestError, TokenizerError
+from axon_llm.token_bytes import BYTE_OF_CHARACTER, TokenBytes
 
 _SPECIAL_NAMES = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
-_PRIVATE_USE = range(0xE000, 0xF900)  # characters without a meaning: one that the conversation lacks can mark places
-_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>\Z")
+_PRIVATE_USE = range(
+    0xF0000, 0xFFFFE
+)  # characters without a meaning: those that a conversation lacks can stand for tokens
+_MARKER = re.compile(r"[<\[{].+[>\]}]\Z", re.DOTALL)  # <｜User｜>, [INST]: nothing that somebody would say
 
 
 class Tokenizer:
@@ -51,6 +54,8 @@ class Tokenizer:
     ) -> None:
         settings = settings or {}
         self._backend = backend
+        backend.no_truncation()  # files keep what was switched on for training
+        backend.no_padding()
         self._lock = threading.Lock()  # `encode_special_tokens` is a switch on the shared backend
         self._added = backend.get_added_tokens_decoder()
         self.special_ids = frozenset(i for i, token in self._added.items() if token.special)
@@ -61,10 +66,18 @@ class Tokenizer:
         self.generation_defaults: dict[str, float] = {}
         self._add_bos = bool(settings.get("add_bos_token")) and self.bos_token_id is not None
         self._template = None if chat_template is None else ChatTemplate(chat_template, names)
-        self._special_id = {self._added[i].content: i for i in self.special_ids}
-        specials = sorted(self._special_id, key=len, reverse=True)
-        self._special_pattern = re.compile("|".join(map(re.escape, specials))) if specials else None
-        self._bytes = _TokenBytes(backend, frozenset(self._added))
+        # Some models mark roles with added tokens that are not special. To the backend they are from here on, so that
+        # it can read them as text; in an answer they show.
+        marks = {
+            i: token
+            for i, token in self._added.items()
+            if i not in self.special_ids and _MARKER.match(token.content) and token.content in (chat_template or "")
+        }
+        backend.add_special_tokens(list(map(_as_special, marks.values())))
+        self._special = _Reserved({self._added[i].content: i for i in self.special_ids})
+        self._reserved = _Reserved({self._added[i].content: i for i in (*self.special_ids, *marks)})
+        self._spaces = [part for part in _parts_of(backend.pre_tokenizer) if _begins_with_space(part)]
+        self._bytes = TokenBytes(backend, frozenset(self._added))
 
     @classmethod
     def from_folder(
@@ -118,8 +131,12 @@ class Tokenizer:
         return tokenizer
 
     def check_fits(self, vocab_size: int, source: str | Path = "the tokenizer") -> None:
-        """Raise TokenizerError if some token has no row among ``vocab_size`` rows of embeddings."""
-        largest = max([*self._backend.get_vocab(with_added_tokens=True).values(), *self.eos_token_ids], default=0)
+        """Raise TokenizerError if a token that every text may need has no row among ``vocab_size`` rows of embeddings.
+
+        An added token may lack one: of some published checkpoints the padding token does. In a prompt it is refused.
+        """
+        ends = self.eos_token_ids if self.bos_token_id is None else {*self.eos_token_ids, self.bos_token_id}
+        largest = max([*self._backend.get_vocab(with_added_tokens=False).values(), *ends], default=0)
         if largest >= vocab_size:
             raise TokenizerError(
                 f"{source} has token ids up to {largest}, the model only {vocab_size} rows",
@@ -147,14 +164,21 @@ class Tokenizer:
         Raises:
             RequestError: the text cannot be UTF-8.
         """
+        ids = self._encode(text, special=special, parse_special=parse_special)
+        if special and self._add_bos and ids[:1] != [self.bos_token_id] and self.bos_token_id is not None:
+            ids = [self.bos_token_id, *ids]
+        return ids
+
+    def _encode(self, text: str, *, special: bool, parse_special: bool, begins: bool = True) -> list[int]:
+        """Token ids as the backend has them; ``begins`` says that nothing stands in front of the text."""
         try:
             with self._lock:
                 self._backend.encode_special_tokens = not parse_special
+                for part in self._spaces:
+                    part.prepend_scheme = "first" if begins else "never"
                 ids: list[int] = self._backend.encode(text, add_special_tokens=special).ids
         except (UnicodeEncodeError, TypeError):
             raise RequestError("the text holds characters that UTF-8 cannot carry", code="invalid_text") from None
-        if special and self._add_bos and ids[:1] != [self.bos_token_id] and self.bos_token_id is not None:
-            ids = [self.bos_token_id, *ids]
         return ids
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> str:
@@ -171,8 +195,9 @@ class Tokenizer:
     def encode_chat(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> list[int]:
         """Token ids of a conversation. Special tokens come from the template alone, never from what messages say.
 
-        Where a message holds the text of a special token, a private-use character is put inside it before the template
-        sees it, so that it can be told from the template's own; it is taken out again before encoding.
+        Where a message holds the text of one, a private-use character stands for it while the template is rendered, so
+        that it can be told from the template's own. Tokens that only mark places in the template are an assistant's to
+        say, too: ``<think>``.
 
         Args:
             messages: each with ``role`` and ``content``, as in OpenAI's interface.
@@ -182,24 +207,34 @@ class Tokenizer:
             TokenizerError: no chat template, or it fails.
             RequestError: the template refuses the conversation, or a text cannot be UTF-8.
         """
-        pattern = self._special_pattern
-        if pattern is None or not any(pattern.search(text) for text in _texts(messages)):
+        kept = [self._special if message.get("role") == "assistant" else self._reserved for message in messages]
+        said = {
+            text
+            for message, reserved in zip(messages, kept, strict=True)
+            for part in _texts(message)
+            for text in reserved.found_in(part)
+        }
+        if not said:
             text = self.render_chat(messages, add_generation_prompt=add_generation_prompt)
-            return self.encode(text, special=False, parse_special=True)
+            return self._encode(text, special=False, parse_special=True)
         used = set("".join(_texts(messages)))
-        mark = next(chr(code) for code in _PRIVATE_USE if chr(code) not in used)
-        marked = _map_texts(messages, lambda text: _mark(text, pattern, mark))
-        rendered = self.render_chat(marked, add_generation_prompt=add_generation_prompt)
+        free = (chr(code) for code in _PRIVATE_USE if chr(code) not in used)
+        stand_ins = dict(zip(sorted(said), free, strict=False))
+        if len(stand_ins) < len(said):
+            raise RequestError("the messages use up the private-use characters", code="invalid_text", param="messages")
+        replaced = [
+            _map_texts(message, lambda part, reserved=reserved: reserved.replaced(part, stand_ins))
+            for message, reserved in zip(messages, kept, strict=True)
+        ]
+        rendered = self.render_chat(replaced, add_generation_prompt=add_generation_prompt)
+        back = str.maketrans({character: text for text, character in stand_ins.items()})
         ids: list[int] = []
-        end = 0
-        for match in pattern.finditer(rendered):
-            ids += self._encode_plain(rendered[end : match.start()].replace(mark, ""))
-            ids.append(self._special_id[match[0]])
-            end = match.end()
-        return ids + self._encode_plain(rendered[end:].replace(mark, ""))
-
-    def _encode_plain(self, text: str) -> list[int]:
-        return self.encode(text, special=False) if text else []
+        for part, token in self._reserved.split(rendered):
+            if part:
+                ids += self._encode(part.translate(back), special=False, parse_special=False, begins=not ids)
+            if token is not None:
+                ids.append(token)
+        return ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of a whole sequence, without its special tokens; malformed bytes become U+FFFD."""
@@ -209,6 +244,11 @@ class Tokenizer:
     def token_bytes(self, token: int) -> bytes:
         """The bytes a token stands for inside a text; none for special tokens."""
         return b"" if token in self.special_ids else self._bytes[token]
+
+    def token_text(self, token: int) -> str:
+        """What to call a token: its text, with U+FFFD for parts of a character, or the name of a special token."""
+        special = self._added[token].content if token in self.special_ids else None
+        return self._bytes[token].decode("utf-8", errors="replace") if special is None else special
 
     @property
     def strips_first_space(self) -> bool:
@@ -244,57 +284,9 @@ class StreamDecoder:
         return self._utf8.decode(b"", final=True)
 
 
-class _TokenBytes:
-    """Token id → bytes, for the two ways in which decoder models' tokenizers write bytes into token names."""
-
-    def __init__(self, backend: tokenizers.Tokenizer, added: frozenset[int]) -> None:
-        self._backend, self._added = backend, added
-        self._known: dict[int, bytes] = {}
-        decoder = json.loads(backend.to_str()).get("decoder") if backend.decoder is not None else None
-        steps = [] if decoder is None else decoder.get("decoders", [decoder])
-        kinds = {step["type"] for step in steps}
-        self._byte_level = "ByteLevel" in kinds
-        unknown = kinds - {"ByteLevel", "ByteFallback", "Fuse", "Metaspace", "Replace", "Strip"}
-        if unknown:
-            raise TokenizerError(f"tokenizer decoder {', '.join(sorted(unknown))} is not supported")
-        self.strips_first_space = any(
-            (step["type"] == "Strip" and step.get("start"))
-            or (step["type"] == "Metaspace" and step.get("prepend_scheme", "always") != "never")
-            for step in steps
-        )
-
-    def __getitem__(self, token: int) -> bytes:
-        if token not in self._known:
-            self._known[token] = self._work_out(token)
-        return self._known[token]
-
-    def _work_out(self, token: int) -> bytes:
-        name = self._backend.id_to_token(token)
-        if name is None:  # a row of the embedding that the tokenizer has no name for
-            return f"⟨{token}⟩".encode()
-        if token in self._added:
-            return name.encode()
-        if self._byte_level:
-            codes = [_BYTE_OF_CHARACTER.get(character) for character in name]
-            return name.encode() if None in codes else bytes(code for code in codes if code is not None)
-        if byte := _BYTE_TOKEN.match(name):
-            return bytes([int(byte[1], 16)])
-        return name.replace("▁", " ").encode()
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's alphabet: each byte as one printable character; those that are not printable come after U+0100."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
-_BYTE_OF_CHARACTER = _byte_alphabet()
-
-
 def byte_backend() -> tokenizers.Tokenizer:
     """A tokenizer of the 256 bytes, as the ``tokenizers`` library has it."""
-    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=dict(_BYTE_OF_CHARACTER), merges=[]))
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=dict(BYTE_OF_CHARACTER), merges=[]))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = tokenizers.decoders.ByteLevel()
     return backend
@@ -355,8 +347,52 @@ def _map_texts(value: Any, change: Any) -> Any:
     return value
 
 
-def _mark(text: str, pattern: re.Pattern[str], mark: str) -> str:
-    """Put ``mark`` after the first character of everything that looks like a special token."""
-    while pattern.search(text):
-        text = pattern.sub(lambda match: match[0][0] + mark + match[0][1:], text)
-    return text
+class _Reserved:
+    """Tokens that a text may name, and must not thereby become.
+
+    Args:
+        ids: of their texts.
+    """
+
+    def __init__(self, ids: Mapping[str, int]) -> None:
+        self._ids = dict(ids)
+        longest_first = sorted(self._ids, key=len, reverse=True)
+        self._pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")  # or what is nowhere
+
+    def found_in(self, text: str) -> list[str]:
+        """Those that a text names."""
+        return self._pattern.findall(text)
+
+    def replaced(self, text: str, by: Mapping[str, str]) -> str:
+        """A text with others in their place."""
+        return self._pattern.sub(lambda match: by[match[0]], text)
+
+    def split(self, text: str) -> Iterator[tuple[str, int | None]]:
+        """The parts of a text, each with the token behind it; None behind the last."""
+        end = 0
+        for match in self._pattern.finditer(text):
+            yield text[end : match.start()], self._ids[match[0]]
+            end = match.end()
+        yield text[end:], None
+
+
+def _as_special(token: tokenizers.AddedToken) -> tokenizers.AddedToken:
+    return tokenizers.AddedToken(
+        token.content,
+        single_word=token.single_word,
+        lstrip=token.lstrip,
+        rstrip=token.rstrip,
+        normalized=token.normalized,
+        special=True,
+    )
+
+
+def _parts_of(step: Any) -> list[Any]:
+    """A tokenizer's step, or those that it consists of."""
+    many: Any = step  # the library's annotations do not say that one can be iterated over
+    return list(many) if isinstance(step, tokenizers.pre_tokenizers.Sequence) else [step]
+
+
+def _begins_with_space(step: Any) -> bool:
+    """Puts a space in front of a text, and not of its parts."""
+    return isinstance(step, tokenizers.pre_tokenizers.Metaspace) and step.prepend_scheme == "first"

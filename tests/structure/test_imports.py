@@ -18,7 +18,7 @@ FLOORS = (
     ("axon_llm.errors",),
     ("axon_llm.config_keys",),
     ("axon_llm.rope_config",),
-    ("axon_llm.config", "axon_llm.locate", "axon_llm.chat_template"),
+    ("axon_llm.config", "axon_llm.locate", "axon_llm.chat_template", "axon_llm.token_bytes"),
     ("axon_llm.cache", "axon_llm.shapes", "axon_llm.tokenizer"),
     ("axon_llm.layers",),
     ("axon_llm.model",),
