@@ -26,11 +26,11 @@ class Announcer:
         """Count an ended job."""
         self._ended.append((time.monotonic(), took_s, entries))
 
-    def announce(self, *, running: int, waiting: int, draining: bool) -> None:
-        """Write the card if the last one is old enough."""
+    def announce(self, *, running: int, waiting: int, draining: bool) -> bool:
+        """Write the card if the last one is old enough; whether that was so."""
         now = time.monotonic()
         if now < self._next:
-            return
+            return False
         while self._ended and (self._ended[0][0] < now - WINDOW_S and len(self._ended) > 1):
             self._ended.popleft()
         recent = [item for item in self._ended if item[0] >= now - WINDOW_S]
@@ -49,3 +49,4 @@ class Announcer:
         )
         self._store.announce(card, TTL_S)
         self._next = now + EVERY_S
+        return True

@@ -57,11 +57,12 @@ class Intake:
         """Claim it again after a while."""
         self._parked.append((time.monotonic() + for_s, (delivery, job)))
 
-    def unpark(self) -> None:
-        """Those whose time has come wait to be claimed."""
+    def unparked(self) -> list[Item]:
+        """Take those whose time has come."""
         now = time.monotonic()
-        self.waiting.extend(item for at, item in self._parked if at <= now)
+        items = [item for at, item in self._parked if at <= now]
         self._parked = [(at, item) for at, item in self._parked if at > now]
+        return items
 
     def deliveries(self) -> list[Delivery]:
         """The messages of all that are here, to hand them back."""

@@ -13,6 +13,7 @@ import logging
 import queue
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 from axon_llm.serving.broker import Consumer
@@ -60,18 +61,23 @@ class Reaper:
                 delivery = self._inbox.get(timeout=max(0.0, next_sweep - time.monotonic()))
             except queue.Empty:
                 delivery = None
-            try:
-                if delivery is not None:
-                    self._bury(delivery)
-                elif not self._stop.is_set():
-                    self._sweep()
-            except (StoreUnavailable, QueueUnavailable, QueueFull) as error:
-                log.warning("%s", error)
-                self._stop.wait(0.5)
-                if delivery is not None:
-                    self._inbox.put(delivery)
-            if time.monotonic() >= next_sweep:
+            if delivery is not None and not self._done(self._bury, delivery):
+                self._inbox.put(delivery)
+            if time.monotonic() >= next_sweep and not self._stop.is_set():
+                self._done(self._sweep)
                 next_sweep = time.monotonic() + every_s
+
+    def _done(self, work: Callable[..., None], *arguments: Any) -> bool:
+        """Whether work could be done. Whatever went wrong, it is tried again: without this thread users would wait."""
+        try:
+            work(*arguments)
+            return True
+        except (StoreUnavailable, QueueUnavailable, QueueFull) as error:
+            log.warning("%s", error)
+        except Exception:  # a password that was changed, a fault of ours
+            log.exception("looking after jobs failed")
+        self._stop.wait(0.5)
+        return False
 
     def _bury(self, delivery: Delivery) -> None:
         """Write the terminal error of a dead letter, if it is a job somebody may wait for."""

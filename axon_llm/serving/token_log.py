@@ -8,6 +8,7 @@ step travel in one pipeline. Blocking; one instance belongs to one thread. Next:
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -26,10 +27,13 @@ from axon_llm.serving.wire import (
     JobRef,
     LogEntry,
     Terminal,
+    WireError,
     WorkerCard,
     decode,
     encode,
 )
+
+log = logging.getLogger("axon.store")
 
 
 class TokenLog:
@@ -194,11 +198,16 @@ class TokenLog:
                 ],
             )
             self._forget_schedules([ref for ref, look in zip(refs, looks, strict=True) if look[0] == b"gone"])
-            for look in looks:
+            for ref, look in zip(refs, looks, strict=True):
                 if look[0] == b"idle":
+                    try:
+                        job = decode(Job, look[1])
+                    except WireError as error:  # of a newer version, which has reapers of its own
+                        log.warning("job %s cannot be read: %s", ref.job_id, error)
+                        continue
                     jobs.append(
                         DueJob(
-                            job=decode(Job, look[1]),
+                            job=job,
                             expired=bool(look[3]),
                             # The message of a job whose worker went silent is not waiting in the queue: it may be
                             # with that worker, which may never give it back.

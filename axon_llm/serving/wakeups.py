@@ -164,6 +164,8 @@ class WakeUps:
         while True:
             # Answers to the pings come all the time: silence means that the connection is dead.
             reply = await connection.read_response(timeout=SILENCE_S)
+            if reply is None:
+                raise redis.exceptions.ConnectionError(f"nothing came for {SILENCE_S:g} s")
             if isinstance(reply, list) and reply[0] in (b"message", b"subscribe"):
                 streams = self._streams.get(reply[1].decode(), set())
                 if reply[0] == b"subscribe":

@@ -126,6 +126,9 @@ class Worker:
             self._metrics.rejected.inc()
             self._source.reject(delivery, requeue=False)
             return
+        self._line_up(delivery, job)
+
+    def _line_up(self, delivery: Delivery, job: Job) -> None:
         held = self._held.get((job.tenant, job.job_id))
         if held is not None and self._source.is_current(held.delivery):
             self._metrics.duplicates.inc()
@@ -136,7 +139,8 @@ class Worker:
             self._intake.waiting.append((delivery, job))
 
     def _claim_waiting(self) -> None:
-        self._intake.unpark()
+        for delivery, job in self._intake.unparked():
+            self._line_up(delivery, job)
         waiting, suspects = self._intake.waiting, self._intake.suspects
         # A suspect waits until nobody is here whom it could take down with it, and keeps others out meanwhile.
         alone = bool(suspects) or any(held.delivery.solo for held in self._held.values())
@@ -169,6 +173,7 @@ class Worker:
             self._source.ack(delivery)
             return
         claim = self._store.claim(job, self._worker_id, redelivered=delivery.redelivered, solo=delivery.solo)
+        self._store_backoff_s = 0.0
         if claim.outcome == "run" and held is not None:
             held.fence, held.delivery = claim.fence, delivery
             held.stored = min(len(claim.entries), len(held.entries))
@@ -214,9 +219,21 @@ class Worker:
             self._fail(held, _refusal("model_not_found", "This worker does not serve the model.", "model", 404))
             return
         try:
-            self._engine.submit(held.request(self._encode(job), self._engine.max_seq_len))
+            request = held.request(self._encode(job), self._engine.max_seq_len)
+            self._engine.submit(request)
         except RequestError as error:
             self._fail(held, _refusal(error.code, error.message, error.param, 400))
+        except Exception:  # a fault of ours that a prompt has found: it would end one worker after another
+            log.exception("job %s: cannot be begun", job.job_id)
+            self._fail(
+                held,
+                ErrorInfo(
+                    type="server_error",
+                    code="internal_error",
+                    message="Something went wrong before the first token; the worker's log has more.",
+                    http_status=500,
+                ),
+            )
 
     def _fail(self, held: HeldJob, error: ErrorInfo) -> None:
         held.end(Terminal(finish_reason="error", error=error, attempts=held.attempt))
@@ -340,7 +357,8 @@ class Worker:
         stats = self._engine.stats()
         waiting = stats.waiting + len(self._intake)
         try:
-            self._announcer.announce(running=stats.running, waiting=waiting, draining=draining)
+            if self._announcer.announce(running=stats.running, waiting=waiting, draining=draining):
+                self._store_backoff_s = 0.0
         except StoreUnavailable as error:
             self._store_failed(error)
 

@@ -305,7 +305,10 @@ class NginxServer(Server):
 
 
 class TcpProxy:
-    """Forwards to a port, and can hang (``partition``), cut (``cut``) or slow down (``delay_s``) every connection."""
+    """Forwards to a port, and can hang (``partition``), cut (``cut``) or slow down (``delay_s``) every connection.
+
+    ``hang`` lets those that come later work.
+    """
 
     def __init__(self, target_port: int) -> None:
         self._target_port = target_port
@@ -315,6 +318,7 @@ class TcpProxy:
         self._open = threading.Event()
         self._open.set()
         self._pairs: set[tuple[socket.socket, socket.socket]] = set()
+        self._hung: set[tuple[socket.socket, socket.socket]] = set()
         self._lock = threading.Lock()
         self._closed = False
         threading.Thread(target=self._accept, daemon=True).start()
@@ -322,6 +326,11 @@ class TcpProxy:
     def partition(self) -> None:
         """Let nothing through, without closing anything: half-open connections, and connects that get no answer."""
         self._open.clear()
+
+    def hang(self) -> None:
+        """Let nothing through the connections that there are, without closing them."""
+        with self._lock:
+            self._hung |= self._pairs
 
     def heal(self) -> None:
         """Let things through again; what was held back arrives late."""
@@ -366,12 +375,14 @@ class TcpProxy:
         with self._lock:
             self._pairs.add(pair)
         for source, sink in (pair, pair[::-1]):
-            threading.Thread(target=self._pump, args=(source, sink), daemon=True).start()
+            threading.Thread(target=self._pump, args=(source, sink, pair), daemon=True).start()
 
-    def _pump(self, source: socket.socket, sink: socket.socket) -> None:
+    def _pump(self, source: socket.socket, sink: socket.socket, pair: tuple[socket.socket, socket.socket]) -> None:
         with contextlib.suppress(OSError):
             while data := source.recv(65536):
                 self._open.wait()
+                if pair in self._hung:
+                    continue
                 if self.delay_s:
                     time.sleep(self.delay_s)
                 sink.sendall(data)

@@ -15,7 +15,7 @@ import pytest
 import redis
 import redis.exceptions
 
-from axon_llm.serving import redis_client, redis_scripts
+from axon_llm.serving import redis_client, redis_scripts, wakeups
 from axon_llm.serving.ports import Emit, StoreUnavailable
 from axon_llm.serving.redis_scripts import OUTBOX, WATCH, Keys, schedule_member
 from axon_llm.serving.session_store import SessionStore
@@ -354,6 +354,33 @@ async def test_a_half_open_subscription_is_made_up_for_by_polling(tmp_path: Path
         assert tuple(await following) == entries(1, 4, end="stop")
         log.close()
         await store.close()
+        proxy.close()
+
+
+@in_event_loop
+async def test_a_subscription_that_has_gone_silent_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    need("redis-server")
+    monkeypatch.setattr(wakeups, "PING_S", 0.1)
+    monkeypatch.setattr(wakeups, "SILENCE_S", 0.5)
+    with RedisServer(tmp_path / "redis") as server:
+        assert isinstance(server, RedisServer)
+        proxy = TcpProxy(server.port)
+        client = redis_client.asyncio_client(settings_for(f"redis://127.0.0.1:{proxy.port}/0", "amqp://unused"))
+        hub = wakeups.WakeUps(client)
+        with redis.Redis(port=server.port) as publisher:
+            async with hub.subscribe("axon:{x}:ch:j") as live:
+                await asyncio.wait_for(live.confirmed.wait(), 5)
+                proxy.hang()
+                assert await live.wait(5) == []  # a nudge: the connection was given up
+                heard: list[bytes] | None = None
+                while not heard:
+                    await asyncio.to_thread(publisher.publish, "axon:{x}:ch:j", "hello")
+                    heard = await live.wait(0.2)
+                assert set(heard) == {b"hello"}
+        await hub.close()
+        await client.aclose()
         proxy.close()
 
 

@@ -10,17 +10,18 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from axon_llm.serving.embedded import EmbeddedQueue, EmbeddedStore
 from axon_llm.serving.metrics import Health, WorkerMetrics
-from axon_llm.serving.ports import Emit, EmitResult, StoreUnavailable, WorkerStore
-from axon_llm.serving.wire import Job, LogEntry, Message, Sampling, Terminal
+from axon_llm.serving.ports import Claim, Delivery, Emit, EmitResult, StoreUnavailable, WorkerStore
+from axon_llm.serving.wire import Job, LogEntry, Message, Sampling, Terminal, WorkerCard, encode
 from axon_llm.serving.worker import Worker
 from tests.faults import tiny_engine
 from tests.faults.stack import environment
@@ -39,13 +40,20 @@ class Bench:
         self.queue = EmbeddedQueue(SETTINGS, prefetch=4)
 
     @contextmanager
-    def worker(self, *, step_s: float = 0.0, store: WorkerStore | None = None, name: str = "w1") -> Iterator[Worker]:
+    def worker(
+        self,
+        *,
+        step_s: float = 0.0,
+        store: WorkerStore | None = None,
+        name: str = "w1",
+        encode: Callable[[Job], tuple[int, ...]] = tiny_engine.encode,
+    ) -> Iterator[Worker]:
         worker = Worker(
             SETTINGS,
             tiny_engine.TinyEngine(4, step_s),
             store or self.store.worker_side(),
             self.queue.source(),
-            encode=tiny_engine.encode,
+            encode=encode,
             text_of=tiny_engine.text_of,
             models=(tiny_engine.model_card(),),
             worker_id=name,
@@ -193,6 +201,89 @@ async def test_a_drained_worker_hands_over_and_the_next_one_goes_on() -> None:
         assert metric(second, "axon_job_resumes_total") == 4
     for stream in streams:
         await stream.aclose()  # type: ignore[attr-defined]
+
+
+@in_event_loop
+async def test_a_prompt_that_brings_out_a_fault_ends_with_a_reason_and_takes_nobody_down() -> None:
+    bench, bad, good = Bench(), make_job(prompt="bad"), make_job(max_tokens=3)
+
+    def encode_prompt(job: Job) -> tuple[int, ...]:
+        if job.prompt == "bad":
+            raise StopIteration
+        return tiny_engine.encode(job)
+
+    await bench.submit(bad)
+    await bench.submit(good)
+    with bench.worker(encode=encode_prompt):
+        error = terminal_of(await bench.all(bad)).error
+        assert error is not None
+        assert (error.code, error.http_status) == ("internal_error", 500)
+        assert content(await bench.all(good)) == tiny_engine.reference(good)
+
+
+class UnsteadyStore:
+    """Knows no job, lets everybody run but a suspect that is claimed for the first time, and may be away."""
+
+    def __init__(self) -> None:
+        self.away = False
+        self._claimed: set[str] = set()
+
+    def claim(self, job: Job, worker_id: str, *, redelivered: bool = False, solo: bool = False) -> Claim:
+        first = job.job_id not in self._claimed
+        self._claimed.add(job.job_id)
+        return Claim("busy", retry_after_s=0.1) if solo and first else Claim("run", fence=1)
+
+    def emit(self, emits: Sequence[Emit]) -> list[EmitResult]:
+        return [EmitResult("ok", emit.entries[-1].seq + 1 if emit.entries else 1) for emit in emits]
+
+    def announce(self, card: WorkerCard, ttl_s: float) -> None:
+        if self.away:
+            raise StoreUnavailable("away")
+
+
+def still_worker(store: UnsteadyStore, health: Health) -> Worker:
+    """One whose loop the test turns."""
+    source = SimpleNamespace(connected=True, is_current=lambda delivery: True, ack=lambda delivery: None)
+    return Worker(
+        SETTINGS,
+        tiny_engine.TinyEngine(4, 0.0),
+        store,  # type: ignore[arg-type]
+        source,  # type: ignore[arg-type]
+        encode=tiny_engine.encode,
+        text_of=tiny_engine.text_of,
+        models=(tiny_engine.model_card(),),
+        worker_id="w1",
+        health=health,
+    )
+
+
+def test_a_suspect_that_had_to_wait_still_runs_alone() -> None:
+    worker = still_worker(UnsteadyStore(), Health())
+    suspect, other = make_job(max_tokens=2000), make_job(max_tokens=2000)
+    for job, solo in ((suspect, True), (other, False)):
+        worker._intake.put(
+            Delivery(body=encode(job), solo=solo, redelivered=solo, generation=0, tag=1, queue_name="jobs")
+        )
+        worker._turn()
+    assert [key[1] for key in worker._held] == [other.job_id]
+    time.sleep(0.15)
+    worker._turn()
+    assert [key[1] for key in worker._held] == [other.job_id]
+    worker._drop(next(iter(worker._held.values())))
+    worker._turn()
+    assert [key[1] for key in worker._held] == [suspect.job_id]
+
+
+def test_an_idle_worker_is_ready_again_when_the_store_is_back() -> None:
+    store, health = UnsteadyStore(), Health()
+    worker = still_worker(store, health)
+    store.away = True
+    worker._turn()
+    assert not health.ready
+    store.away = False
+    time.sleep(0.1)
+    worker._turn()
+    assert health.ready
 
 
 class FailingStore:

@@ -49,16 +49,13 @@ def test_a_wait_ends_when_something_comes_and_when_somebody_wakes_it() -> None:
         assert time.monotonic() - began < 20
 
 
-def test_what_is_parked_waits_to_be_claimed_when_its_time_has_come_and_not_before(job: Job) -> None:
+def test_what_is_parked_is_taken_when_its_time_has_come_and_not_before(job: Job) -> None:
     intake = Intake()
-    intake.waiting.append((delivery(1), job))
     intake.park(delivery(2), job, 3600.0)
     intake.park(delivery(3), job, 0.0)
-    intake.unpark()
-    assert [each.tag for each, _ in intake.waiting] == [1, 3]
-    assert len(intake) == 3
-    intake.unpark()
-    assert [each.tag for each, _ in intake.waiting] == [1, 3]
+    assert [each.tag for each, _ in intake.unparked()] == [3]
+    assert len(intake) == 1
+    assert intake.unparked() == []
 
 
 def test_everything_that_is_here_can_be_handed_back(job: Job) -> None:
