@@ -24,12 +24,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from axon_llm.serving import http_jobs, http_models, http_sessions
 from axon_llm.serving.http_auth import STORE_RETRY_S, Gateway, check
+from axon_llm.serving.http_body import body_is_read
 from axon_llm.serving.http_errors import ApiError, unavailable
 from axon_llm.serving.http_generate import generate
 from axon_llm.serving.http_service import Service
 from axon_llm.serving.ports import QueueUnavailable, StoreUnavailable
 
 TRACE_HEADER = "x-request-id"
+METHODS = ("GET", "HEAD", "POST", "DELETE")
 # Hexadecimal, as UUIDs and nginx have it: it ends in logs, where nothing belongs that a user may have typed.
 _TRACE_ID = re.compile(r"[0-9a-fA-F][0-9a-fA-F-]{7,63}")
 
@@ -82,8 +84,8 @@ def build_app(service: Service) -> ASGIApp:
 async def _refuse(service: Service, request: Request, error: ApiError) -> Response:
     service.metrics.refused.labels(error.code).inc()
     headers = error.headers()
-    if error.status in (408, 413):
-        headers["connection"] = "close"  # the rest of the body is not wanted
+    if not body_is_read(request):
+        headers["connection"] = "close"  # the rest of it is not wanted, and might never come
     return Response(error.encoded(), error.status, headers, media_type="application/json")
 
 
@@ -145,15 +147,17 @@ class _Surroundings:
 
     def _note(self, scope: Scope, status: int, seconds: float) -> None:
         route = getattr(scope.get("route"), "path", "unknown")
+        # A method that the path does not know may be anything; a label of its own each would fill the memory.
+        method = scope["method"] if scope["method"] in METHODS and route != "unknown" else "-"
         state = scope["state"]
         metrics = self._service.metrics
-        metrics.requests.labels(route, scope["method"] if route != "unknown" else "-", status or "none").inc()
+        metrics.requests.labels(route, method, status or "none").inc()
         metrics.request_seconds.labels(route).observe(seconds)
         if route in ("/health", "/ready", "/internal/auth"):
             return
         log.info(
             "%s %s %s %.1fms tenant=%s job=%s trace=%s",
-            scope["method"] if route != "unknown" else "-",
+            method,
             route,
             status or "none",
             seconds * 1e3,

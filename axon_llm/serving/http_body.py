@@ -32,7 +32,15 @@ async def read_object(request: Request, *, max_bytes: int, timeout_s: float) -> 
         raise ApiError(408, f"The body did not arrive within {timeout_s:g} s.", code="request_timeout") from None
     except ClientDisconnect:
         raise invalid("The connection ended before the body did.", code="incomplete_body") from None
+    request.state.body_is_read = True
     return parse_object(b"".join(chunks))
+
+
+def body_is_read(request: Request) -> bool:
+    """Whether nothing more of a request can come."""
+    if getattr(request.state, "body_is_read", False):
+        return True
+    return request.headers.get("content-length", "0") == "0" and "transfer-encoding" not in request.headers
 
 
 def _check_headers(request: Request, max_bytes: int) -> None:

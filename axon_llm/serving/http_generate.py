@@ -48,17 +48,22 @@ async def generate(service: Service, request: Request, *, chat: bool) -> ASGIApp
     if card is not None:
         generation = replace(generation, sampling={**card.generation_defaults, **generation.sampling})
         check_fits(generation, card)
-    await service.refuse_when_full(tenant, generation.model)
+    place = await service.place(tenant, generation.model)
     try:
         ref, created_unix_s = await _submit(service, request, tenant, generation, idempotency_key, body)
     except StoreUnavailable as error:
+        place.leave()
         raise unavailable("The store cannot be reached; nothing was accepted.", STORE_RETRY_S) from error
+    except BaseException:
+        place.leave()
+        raise
     answer = Answer(ref.job_id, generation.model, created_unix_s, chat=chat, include_usage=generation.include_usage)
     keep = generation.on_disconnect == "continue" or (generation.on_disconnect is None and idempotency_key is not None)
     return JobAnswer(
         service,
         ref,
         answer,
+        place,
         stream=generation.stream,
         on_gone=None if keep else lambda: service.spawn(service.cancel(ref)),
     )
@@ -115,6 +120,10 @@ async def _submit(
     except TurnConflict as error:
         await _forget(service, tenant, idempotency_key, job_id)
         raise conflict(error.message, "session_conflict", "session_id") from None
+    except StoreUnavailable:
+        if idempotency_key is None:  # else the client's retry finds it
+            service.spawn(service.cancel(job.ref, may_come=True))
+        raise
     if fresh:
         await _publish(service, job, tenant, idempotency_key)
     request.state.job_id = job_id

@@ -46,7 +46,6 @@ async def events(service: Service, request: Request) -> ASGIApp:
     """``GET /v1/jobs/{job_id}/events``: the stream after the entry named by ``after`` or ``Last-Event-ID``."""
     status = await _status(service, request)
     after = _after(request, status)
-    await service.refuse_when_full(status.ref.tenant, status.model)
     answer = Answer(
         status.ref.job_id,
         status.model,
@@ -56,7 +55,8 @@ async def events(service: Service, request: Request) -> ASGIApp:
         resumed=after > 0,
     )
     finished = status.terminal if after == status.next_seq - 1 else None
-    return JobAnswer(service, status.ref, answer, stream=True, after=after, with_ids=True, finished=finished)
+    place = await service.place(status.ref.tenant, status.model)
+    return JobAnswer(service, status.ref, answer, place, stream=True, after=after, with_ids=True, finished=finished)
 
 
 def _after(request: Request, status: JobStatus) -> int:

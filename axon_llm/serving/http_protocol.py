@@ -20,10 +20,13 @@ _FOLDED = re.compile(rb"\n[ \t]")
 class StrictProtocol(H11Protocol):
     """HTTP/1.1 with limits of time and size on heads, no line folding, and OpenAI's error shape for what is malformed.
 
-    ``header_timeout_s`` is set on a subclass by ``strict_protocol``.
+    A client that takes nothing is cut off, whatever it was sent. The time-outs are set on a subclass by
+    ``strict_protocol``.
     """
 
     header_timeout_s = 10.0
+    send_timeout_s = 60.0
+    _full_timer: asyncio.TimerHandle | None = None
     _head_timer: asyncio.TimerHandle | None = None
     _head = b""
 
@@ -35,7 +38,18 @@ class StrictProtocol(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Nothing is expected any more."""
         self._stop_timer()
+        self._stop_full_timer()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """The client does not keep up. Closing would wait for it to take what is buffered; aborting does not."""
+        super().pause_writing()
+        self._full_timer = self.loop.call_later(self.send_timeout_s, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """It has caught up."""
+        self._stop_full_timer()
+        super().resume_writing()
 
     def data_received(self, data: bytes) -> None:
         """Looks at a head before h11 unfolds it, and stops the clock once it is whole."""
@@ -77,13 +91,18 @@ class StrictProtocol(H11Protocol):
             self._head_timer.cancel()
             self._head_timer = None
 
+    def _stop_full_timer(self) -> None:
+        if self._full_timer is not None:
+            self._full_timer.cancel()
+            self._full_timer = None
+
     def _give_up(self) -> None:
         self._head_timer = None
         if self.conn.their_state is h11.IDLE and not self.transport.is_closing():
             self.transport.close()
 
 
-def strict_protocol(header_timeout_s: float) -> type[StrictProtocol]:
-    """The protocol class with its time limit, as uvicorn wants it."""
-    attributes: dict[str, Any] = {"header_timeout_s": header_timeout_s}
+def strict_protocol(header_timeout_s: float, send_timeout_s: float) -> type[StrictProtocol]:
+    """The protocol class with its time limits, as uvicorn wants it."""
+    attributes: dict[str, Any] = {"header_timeout_s": header_timeout_s, "send_timeout_s": send_timeout_s}
     return type("StrictProtocol", (StrictProtocol,), attributes)

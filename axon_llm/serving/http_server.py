@@ -36,7 +36,7 @@ class HttpServer(uvicorn.Server):
         settings = service.settings
         config = uvicorn.Config(
             build_app(service),
-            http=strict_protocol(settings.header_timeout_s),
+            http=strict_protocol(settings.header_timeout_s, settings.send_timeout_s),
             ws="none",
             loop="asyncio",
             lifespan="off",

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections import Counter
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine
 from typing import Any
 
 from starlette.requests import Request
@@ -23,6 +22,34 @@ CANCEL_TRIES = 5
 CANCEL_PAUSE_S = 1.0
 
 log = logging.getLogger("axon.session_manager")
+
+
+class Place:
+    """One open answer, counted until it is left; a context manager."""
+
+    def __init__(self, service: Service, tenant: str) -> None:
+        self._service, self._tenant, self._taken = service, tenant, True
+        service.streams += 1
+        service.streams_of[tenant] += 1
+        service.metrics.open_streams.inc()
+
+    def leave(self) -> None:
+        """Makes room; once is enough."""
+        if not self._taken:
+            return
+        self._taken = False
+        service, tenant = self._service, self._tenant
+        service.metrics.open_streams.dec()
+        service.streams_of[tenant] -= 1
+        if not service.streams_of[tenant]:
+            del service.streams_of[tenant]
+        service.streams -= 1
+
+    def __enter__(self) -> Place:
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self.leave()
 
 
 class Service:
@@ -59,8 +86,12 @@ class Service:
         request.state.tenant = tenant
         return tenant
 
-    async def refuse_when_full(self, tenant: str, model: str) -> None:
-        """Raises 503 where this process answers as many streams as it may, 429 where as many of one tenant."""
+    async def place(self, tenant: str, model: str) -> Place:
+        """A place for an answer, from before its job is made, so that many at once cannot be more than the limits.
+
+        Raises:
+            ApiError: 503 where this process answers as many as it may, 429 where as many of one tenant.
+        """
         if self.streams >= self.settings.max_streams:
             wait_s = await self.capacity.retry_after_s(model)
             raise unavailable("This server answers as many requests as it can.", wait_s)
@@ -71,21 +102,7 @@ class Service:
                 code="too_many_open_requests",
                 retry_after_s=await self.capacity.retry_after_s(model),
             )
-
-    @contextlib.contextmanager
-    def counted(self, tenant: str) -> Iterator[None]:
-        """Counts an answer as open."""
-        self.streams += 1
-        self.streams_of[tenant] += 1
-        self.metrics.open_streams.inc()
-        try:
-            yield
-        finally:
-            self.metrics.open_streams.dec()
-            self.streams_of[tenant] -= 1
-            if not self.streams_of[tenant]:
-                del self.streams_of[tenant]
-            self.streams -= 1
+        return Place(self, tenant)
 
     def spawn(self, work: Coroutine[Any, Any, Any]) -> None:
         """Runs something that must not end with the request that caused it."""
@@ -93,17 +110,27 @@ class Service:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def cancel(self, ref: JobRef) -> None:
-        """Cancels a job that nobody waits for, trying again while the store is away."""
+    async def cancel(self, ref: JobRef, *, may_come: bool = False) -> None:
+        """Cancels a job that nobody waits for, trying again while the store is away.
+
+        Args:
+            ref: the job.
+            may_come: a command that stores it may still be on its way.
+        """
+        found = True
         for attempt in range(CANCEL_TRIES):
             try:
                 await self.store.cancel(ref)
                 return
             except JobNotFound:
-                return
+                found = False
+                if not may_come:
+                    return
             except StoreUnavailable:
-                await asyncio.sleep(CANCEL_PAUSE_S * (attempt + 1))
-        log.warning("job %s could not be cancelled: the store is away; it ends at its deadline", ref.job_id)
+                found = True
+            await asyncio.sleep(CANCEL_PAUSE_S * (attempt + 1))
+        if found:
+            log.warning("job %s could not be cancelled: the store is away; it ends at its deadline", ref.job_id)
 
     async def close(self) -> None:
         """Finishes what was spawned, briefly, then closes queue and store."""

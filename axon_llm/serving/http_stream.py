@@ -19,7 +19,7 @@ from starlette.types import Receive, Scope, Send
 from axon_llm.serving import sse
 from axon_llm.serving.http_auth import STORE_RETRY_S
 from axon_llm.serving.http_errors import ApiError, not_found, unavailable
-from axon_llm.serving.http_service import Service
+from axon_llm.serving.http_service import Place, Service
 from axon_llm.serving.openai_responses import Answer
 from axon_llm.serving.ports import JobNotFound, StoreUnavailable
 from axon_llm.serving.wire import JobRef, LogEntry, Terminal
@@ -38,6 +38,7 @@ class JobAnswer:
         service: the shared state.
         ref: the job.
         answer: the shapes to send.
+        place: left when the answer is over.
         stream: server-sent events, else one JSON object.
         after: the last log entry the client has.
         with_ids: give every event its ``id``, for ``EventSource``.
@@ -50,6 +51,7 @@ class JobAnswer:
         service: Service,
         ref: JobRef,
         answer: Answer,
+        place: Place,
         *,
         stream: bool,
         after: int = 0,
@@ -60,6 +62,7 @@ class JobAnswer:
         self._service = service
         self._ref = ref
         self._answer = answer
+        self._place = place
         self._stream = stream
         self._after = after
         self._with_ids = with_ids
@@ -69,7 +72,7 @@ class JobAnswer:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers, while watching for the client's leaving."""
-        with self._service.counted(self._ref.tenant):
+        with self._place:
             await self._answer_or_leave(receive, send)
 
     async def _answer_or_leave(self, receive: Receive, send: Send) -> None:

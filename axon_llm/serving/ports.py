@@ -22,6 +22,10 @@ class StoreUnavailable(ServiceUnavailable):
     """Redis cannot be reached, is full or is loading; nothing is known to have been written. HTTP 503."""
 
 
+class StoreRefused(StoreUnavailable):
+    """Redis knows no such user or password. At the start of a process that is final; later it may be being changed."""
+
+
 class QueueUnavailable(ServiceUnavailable):
     """The broker did not confirm in time, is blocked by an alarm or unreachable. HTTP 503; cancel the job."""
 
@@ -298,13 +302,14 @@ class WorkerStore(Protocol):
 class DueJob:
     """A job of the outbox that nobody seems to hold.
 
-    Publish it again if the queue lost it, or fail it if it is too late.
+    Publish it again if the queue lost it, or fail it if it is too late. ``looks``: how often it was handed out before.
     """
 
     job: Job
     expired: bool
     confirmed: bool
     waited_s: float
+    looks: int
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from axon_llm.serving.token_log import TokenLog
 from axon_llm.serving.wire import ErrorInfo, Job, JobRef, Terminal, WireError, decode
 
 PREFETCH = 20
-LONG_WAIT_S = 60.0
+LONG_WAIT_LOOKS = 3  # after 10, 20, 40 and 80 s with the grace that is usual
 
 log = logging.getLogger("axon.reaper")
 
@@ -105,11 +105,15 @@ class Reaper:
                     log.warning("job %s: ended, it was past its deadline and with no worker", due.job.job_id)
             elif self._is_lost(due):
                 self._consumer.publisher.publish_and_wait(due.job)
+                self._store.published(due.job.ref)
                 log.warning("job %s: published again after %.0f s with no worker", due.job.job_id, due.waited_s)
 
     def _is_lost(self, due: DueJob) -> bool:
-        """Whether a job that nobody holds seems not to be in the queue either."""
-        if not due.confirmed or due.waited_s > LONG_WAIT_S:
+        """Whether a job that nobody holds seems not to be in the queue either.
+
+        Long waiting is a reason once: a queue may be that long, and would grow by what is put into it again and again.
+        """
+        if not due.confirmed or due.looks == LONG_WAIT_LOOKS:
             return True
         return self._consumer.publisher.depth_and_wait(due.job.model) == 0
 

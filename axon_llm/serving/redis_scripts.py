@@ -27,7 +27,7 @@ from typing import Any, Literal
 import redis.exceptions
 from redis.driver_info import DriverInfo
 
-from axon_llm.serving.ports import StoreUnavailable
+from axon_llm.serving.ports import StoreRefused, StoreUnavailable
 from axon_llm.serving.settings import ServingSettings
 from axon_llm.serving.wire import Job, JobRef
 
@@ -153,7 +153,7 @@ def store_errors(doing: str) -> Iterator[None]:
         yield
     except (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError, OSError) as error:
         if isinstance(error, redis.exceptions.AuthenticationError | redis.exceptions.AuthorizationError):
-            raise
+            raise StoreRefused("Redis refused the login", hint="check AXON_REDIS_URL") from error
         raise StoreUnavailable(
             f"Redis did not answer while {doing} ({type(error).__name__})", hint="check AXON_REDIS_URL"
         ) from error

@@ -18,7 +18,7 @@ from axon_llm.serving.http_server import HttpServer, listen, start_metrics
 from axon_llm.serving.http_service import Service
 from axon_llm.serving.http_settings import SessionManagerSettings
 from axon_llm.serving.keys import KeyStore
-from axon_llm.serving.ports import StoreUnavailable
+from axon_llm.serving.ports import StoreRefused, StoreUnavailable
 from axon_llm.serving.rate_limit import RateLimit
 from axon_llm.serving.reaper import Reaper
 from axon_llm.serving.redis_client import asyncio_client
@@ -39,7 +39,7 @@ def run(settings: SessionManagerSettings, on_listening: Callable[[str, int], Non
 
     Raises:
         UsageError: the address cannot be had.
-        ServiceUnavailable: neither Redis nor the broker could be reached within ``start_timeout_s``.
+        ServiceUnavailable: Redis or the broker could not be reached within ``start_timeout_s``, or refused the login.
     """
     return asyncio.run(_run(settings, on_listening))
 
@@ -94,6 +94,8 @@ async def _reachable(service: Service) -> None:
             try:
                 await service.store.ping()
                 store_seen = True
+            except StoreRefused:
+                raise
             except StoreUnavailable:
                 pass
         await asyncio.sleep(0.05)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import secrets
 import time
 from collections.abc import AsyncIterator
 from typing import Any
@@ -101,6 +102,7 @@ class SessionStore:
                 expire_ms,
                 "" if job.turn is None else job.turn,
                 keys.job_prefix,
+                secrets.token_hex(8),  # the same when redis-py repeats a command whose reply was lost
             ],
         )
         if outcome in (b"running", b"stale"):
@@ -182,7 +184,7 @@ class SessionStore:
         poll_s = self._settings.poll_s
         following = after + 1
         async with self._wakeups.subscribe(Keys.of(ref).channel(ref.job_id)) as live:
-            status = await self.status(ref)
+            status = await self._status_in_time(ref)
             give_up_unix_s = status.deadline_unix_s + 2 * self._settings.lease_s
             try:
                 async with asyncio.timeout(poll_s):
@@ -220,6 +222,17 @@ class SessionStore:
                 if idle_s is not None and time.monotonic() - spoke >= idle_s:
                     yield None
                     spoke = time.monotonic()
+
+    async def _status_in_time(self, ref: JobRef) -> JobStatus:
+        """The state of a job whose deadline is not known yet; it is not given up while that may not have passed."""
+        give_up = time.monotonic() + self._settings.job_deadline_s + 2 * self._settings.lease_s
+        while True:
+            try:
+                return await self.status(ref)
+            except StoreUnavailable:
+                if time.monotonic() > give_up:
+                    raise
+            await asyncio.sleep(self._settings.poll_s)
 
     async def history(self, tenant: str, session_id: str) -> list[Turn]:
         """Return the committed turns of a session, oldest first."""

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from axon_llm.errors import UsageError
 
@@ -107,6 +107,8 @@ def read_settings(kind: type[ServingSettings] = ServingSettings, **overrides: An
     """
     try:
         return kind(**{name: value for name, value in overrides.items() if value is not None})
+    except SettingsError as error:  # a list that is no JSON
+        raise UsageError(str(error), hint="lists and objects are written as JSON") from None
     except ValidationError as error:
         faults = [
             f"AXON_{'_'.join(map(str, fault['loc'])).upper()}: {fault['msg']}" if fault["loc"] else fault["msg"]

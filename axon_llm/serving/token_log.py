@@ -178,6 +178,15 @@ class TokenLog:
             pipeline.zrem(redis_scripts.WORKERS, worker_id)
             pipeline.execute()
 
+    def published(self, ref: JobRef) -> None:
+        """The broker has a job that was in the outbox; see ``ports.JobStore``."""
+        member = redis_scripts.schedule_member(ref)
+        with store_errors("confirming a job"):
+            pipeline = self._client.pipeline(transaction=False)
+            pipeline.zadd(redis_scripts.WATCH, {member: (time.time() + self._settings.outbox_grace_s) * 1000})
+            pipeline.zrem(redis_scripts.OUTBOX, member)
+            pipeline.execute()
+
     def due(self, limit: int = 100) -> list[DueJob]:
         """Take jobs of the outbox and the watch list that nobody seems to hold."""
         jobs = []
@@ -213,6 +222,7 @@ class TokenLog:
                             # with that worker, which may never give it back.
                             confirmed=confirmed and not look[4],
                             waited_s=int(look[2]) / 1000,
+                            looks=int(look[5]),
                         )
                     )
         return jobs

@@ -15,12 +15,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import redis.exceptions
-
 from axon_llm.serving import broker
 from axon_llm.serving.decoding import DecodingEngine
 from axon_llm.serving.metrics import Health, MetricsServer, WorkerMetrics
-from axon_llm.serving.ports import StoreUnavailable
+from axon_llm.serving.ports import StoreRefused, StoreUnavailable
 from axon_llm.serving.reaper import Reaper
 from axon_llm.serving.settings import ServingSettings
 from axon_llm.serving.token_log import TokenLog
@@ -108,11 +106,11 @@ def _reach_redis(settings: ServingSettings) -> None:
         try:
             store.ping()
             break
+        except StoreRefused:
+            raise
         except StoreUnavailable:
             if time.monotonic() > end:
                 raise
-        except redis.exceptions.AuthenticationError:
-            raise StoreUnavailable("Redis refused the login", hint="check AXON_REDIS_URL") from None
         time.sleep(0.2)
     store.close()
 

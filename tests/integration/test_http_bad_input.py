@@ -13,8 +13,13 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from tests.integration.http_rig import Backend, Rig
+from axon_llm.serving.embedded import EmbeddedStore
+from axon_llm.serving.ports import Emit
+from axon_llm.serving.wire import LogEntry
+from tests.integration.backends import make_job
+from tests.integration.http_rig import Backend, Rig, embedded_backend
 from tests.integration.scripted_worker import CONTEXT, MODEL
+from tests.integration.servers import wait_until
 
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "count 1"}]}
 JSON = {"content-type": "application/json"}
@@ -245,6 +250,46 @@ def test_a_body_that_never_ends_is_refused_in_time(http_backend: Backend) -> Non
         assert answer.split(b" ")[1] == b"408"
     finally:
         slow.stop()
+
+
+def test_a_connection_whose_body_was_not_wanted_is_closed(rig: Rig) -> None:
+    request = head("content-length: 100").replace(b"connection: close\r\n", b"")
+    answer = exchange(rig, request, b"x", pause_s=0.2)
+    assert answer.split(b" ")[1] == b"415"
+    assert b"connection: close" in answer.lower()
+
+
+def test_a_client_that_takes_nothing_is_cut_off() -> None:
+    impatient = embedded_backend().rig(send_timeout_s=0.5)
+    try:
+        store, job = impatient.service.store, make_job(tenant="default")
+        assert isinstance(store, EmbeddedStore)
+        impatient.ask(store.submit(job))
+        writer = store.worker_side()
+        long = tuple(LogEntry(seq=seq, token=1, text="x" * 20_000) for seq in range(1, 1001))
+        writer.emit([Emit(job.ref, writer.claim(job, "w1").fence, long)])
+        address = urlsplit(impatient.url)
+        with socket.socket() as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.connect((address.hostname, address.port))
+            connection.sendall(f"GET /v1/jobs/{job.job_id}/events HTTP/1.1\r\nhost: x\r\n\r\n".encode())
+            connections = impatient._server.server_state.connections
+            wait_until(lambda: len(connections) == 1, 5, "it is there")
+            wait_until(lambda: not connections, 10, "it was cut off")
+    finally:
+        impatient.stop()
+
+
+def test_made_up_methods_are_counted_as_one(rig: Rig) -> None:
+    for number in range(20):
+        assert httpx.request(f"M{number}", rig.url + "/health").status_code == 405
+    counted = {
+        sample.labels["method"]
+        for metric in rig.service.metrics.registry.collect()
+        for sample in metric.samples
+        if sample.name == "axon_http_requests_total" and sample.labels["route"] == "/health"
+    }
+    assert counted <= {"GET", "-"}
 
 
 def test_the_server_is_unimpressed_by_all_of_the_above(rig: Rig) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -13,6 +15,7 @@ import pytest
 import redis
 
 from axon_llm.serving.ports import QueueFull, QueueUnavailable
+from axon_llm.serving.wire import Job
 from tests.integration.http_rig import Backend, Rig
 from tests.integration.scripted_worker import MODEL
 from tests.integration.test_http_openai import events
@@ -296,6 +299,28 @@ def test_a_queue_longer_than_a_jobs_deadline_is_refused_at_once(rig: Rig, monkey
     refused = httpx.post(rig.url + "/v1/chat/completions", json=request("count 2"))
     rig.service.capacity._depths.clear()
     assert (refused.status_code, refused.json()["error"]["code"]) == (503, "overloaded")
+
+
+def test_many_requests_at_once_get_no_more_places_than_there_are(
+    http_backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = http_backend.rig(max_streams=2)
+    try:
+        publish = small.service.queue.publish
+
+        async def slowly(job: Job) -> None:
+            await asyncio.sleep(0.5)
+            await publish(job)
+
+        monkeypatch.setattr(small.service.queue, "publish", slowly)
+        with ThreadPoolExecutor(8) as pool:
+            answers = list(
+                pool.map(lambda _: httpx.post(small.url + "/v1/chat/completions", json=request("count 1")), range(8))
+            )
+        assert sorted(answer.status_code for answer in answers) == [200] * 2 + [503] * 6
+        until(lambda: small.service.streams == 0, "all places are left")
+    finally:
+        small.stop()
 
 
 @pytest.mark.parametrize(

@@ -27,8 +27,9 @@ class Broker:
 
     def __init__(self) -> None:
         self.jobs: list[Job] = []
+        self.waiting = 0
         self.publisher = SimpleNamespace(
-            connected=True, publish_and_wait=self.jobs.append, depth_and_wait=lambda model: 0
+            connected=True, publish_and_wait=self.jobs.append, depth_and_wait=lambda model: self.waiting
         )
 
     def start(self, on_delivery: Any) -> None:
@@ -93,3 +94,17 @@ def test_a_job_of_a_newer_version_keeps_nobody_from_the_others(tmp_path: Path) -
         submit(settings, job)
         with reaping(settings) as broker:
             wait_until(lambda: broker.jobs == [job], 5, "it looks after the other")
+
+
+def test_a_job_in_a_long_queue_is_published_again_once(tmp_path: Path) -> None:
+    need("redis-server")
+    with RedisServer(tmp_path / "redis") as server:
+        assert isinstance(server, RedisServer)
+        settings, job = settings_for(server.url(), "amqp://unused", outbox_grace_s=0.1), make_job()
+        submit(settings, job)
+        with reaping(settings) as broker, redis.Redis(port=server.port) as admin:
+            broker.waiting = 5
+            wait_until(lambda: broker.jobs == [job], 5, "it was in the outbox")
+            [key] = [key for key in admin.scan_iter("axon:*") if key.endswith(f"job:{job.job_id}".encode())]
+            wait_until(lambda: int(admin.hget(key, "looks") or 0) >= 6, 10, "it was looked at more often")
+            assert broker.jobs == [job, job]

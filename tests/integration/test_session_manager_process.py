@@ -197,6 +197,17 @@ def test_without_redis_and_broker_it_gives_up_with_4_and_one_line(real_servers: 
     assert "Traceback" not in text
 
 
+def test_a_wrong_password_of_redis_is_said_at_once_with_4_and_one_line(real_servers: Servers, tmp_path: Path) -> None:
+    redis_server, _ = real_servers
+    wrong = {"AXON_REDIS_URL": f"redis://nobody:{SECRET}@127.0.0.1:{redis_server.port}/0", "AXON_START_TIMEOUT_S": "60"}
+    refused = Process(real_servers, tmp_path / "log", **wrong)
+    assert refused.process.wait(20) == 4
+    text = refused.log_path.read_text()
+    assert "Redis refused the login" in text
+    assert SECRET not in text
+    assert "Traceback" not in text
+
+
 def test_nothing_typed_and_no_secret_is_in_log_or_arguments(
     real_servers: Servers, worker: Backend, tmp_path: Path
 ) -> None:
@@ -231,8 +242,15 @@ def test_nothing_typed_and_no_secret_is_in_log_or_arguments(
         assert secret not in arguments
 
 
-def test_settings_that_make_no_sense_are_named(tmp_path: Path) -> None:
-    environment = {"PATH": os.environ["PATH"], "AXON_TRUST": "gateway", "AXON_GATEWAY_SECRET": "short"}
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [
+        ("AXON_GATEWAY_SECRET", {"AXON_TRUST": "gateway", "AXON_GATEWAY_SECRET": "short"}),
+        ("models", {"AXON_TRUST": "open", "AXON_MODELS": "a,b"}),
+    ],
+)
+def test_settings_that_make_no_sense_are_named(name: str, setting: dict[str, str]) -> None:
+    environment = {"PATH": os.environ["PATH"], **setting}
     tried = subprocess.run(
         [sys.executable, "-m", "cli.main", "session-manager"],
         cwd=ROOT,
@@ -242,7 +260,7 @@ def test_settings_that_make_no_sense_are_named(tmp_path: Path) -> None:
         check=False,
     )
     assert tried.returncode == 2
-    assert "AXON_GATEWAY_SECRET" in tried.stderr
+    assert name in tried.stderr
     assert "short" not in tried.stderr.replace("AXON_", "")
 
 

@@ -14,8 +14,13 @@ from typing import Any
 import pytest
 import redis
 import redis.exceptions
+from pydantic import SecretStr
 
-from axon_llm.serving import redis_client, redis_scripts, wakeups
+from axon_llm.serving import http_service, redis_client, redis_scripts, session_store, wakeups
+from axon_llm.serving.embedded import EmbeddedQueue
+from axon_llm.serving.http_auth import Anybody
+from axon_llm.serving.http_service import Service
+from axon_llm.serving.http_settings import SessionManagerSettings
 from axon_llm.serving.ports import Emit, StoreUnavailable
 from axon_llm.serving.redis_scripts import OUTBOX, WATCH, Keys, schedule_member
 from axon_llm.serving.session_store import SessionStore
@@ -331,6 +336,60 @@ async def test_a_stream_that_does_not_read_holds_a_bounded_number_of_messages(tm
         assert tuple([entry async for entry in stream]) == entries(2, 601, end="stop")
         log.close()
         await store.close()
+
+
+@in_event_loop
+async def test_a_stream_that_begins_while_redis_is_away_begins_when_it_is_back(tmp_path: Path) -> None:
+    need("redis-server")
+    with RedisServer(tmp_path / "redis") as server:
+        assert isinstance(server, RedisServer)
+        settings = quick(server, redis_timeout_s=0.3, poll_s=0.2)
+        store, log, job = SessionStore(settings), TokenLog(settings), make_job()
+        await store.submit(job)
+        await asyncio.to_thread(log.emit, [Emit(job.ref, log.claim(job, "w1").fence, entries(1, 4, end="stop"))])
+        server.pause()
+        following = asyncio.create_task(_all(store.stream(job.ref)))
+        await asyncio.sleep(1.0)
+        assert not following.done()
+        server.resume()
+        assert tuple(await following) == entries(1, 4, end="stop")
+        log.close()
+        await store.close()
+
+
+@in_event_loop
+async def test_a_submission_whose_reply_was_lost_is_still_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    need("redis-server")
+    with RedisServer(tmp_path / "redis") as server:
+        assert isinstance(server, RedisServer)
+        store, job = SessionStore(quick(server)), make_job(session_id="s1")
+        monkeypatch.setattr(session_store.secrets, "token_hex", lambda size: "one call")
+        assert await store.submit(job)
+        assert await store.submit(job)  # redis-py sends the same command again when a reply does not come
+        monkeypatch.setattr(session_store.secrets, "token_hex", lambda size: "another")
+        assert not await store.submit(job)
+        await store.close()
+
+
+@in_event_loop
+async def test_a_job_that_is_stored_after_its_submission_timed_out_is_cancelled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    need("redis-server")
+    monkeypatch.setattr(http_service, "CANCEL_PAUSE_S", 0.1)
+    with RedisServer(tmp_path / "redis") as server:
+        assert isinstance(server, RedisServer)
+        settings = SessionManagerSettings(redis_url=SecretStr(server.url()), trust="open")
+        queue = EmbeddedQueue(settings, prefetch=1)
+        service, job = Service(settings, SessionStore(settings), queue, Anybody()), make_job()
+        service.spawn(service.cancel(job.ref, may_come=True))
+        await asyncio.sleep(0.2)
+        await service.store.submit(job)
+        while (await service.store.status(job.ref)).state != "done":
+            await asyncio.sleep(0.05)
+        await service.close()
 
 
 @in_event_loop

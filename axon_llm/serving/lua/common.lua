@@ -2,7 +2,7 @@
 --
 -- A job is a hash: state (queued, running, released, suspect, done) · fence (only its bearer may append) · next (sequence number of
 -- the next entry) · attempt (1, plus one for every take-over) · holder · renewed (when the holder was last heard of) · cancel ·
--- deadline · expire · body · model · trace · created · terminal.
+-- deadline · expire · body · model · trace · created · call (which one submitted it) · terminal.
 -- Every script refuses to start when memory is full (none is flagged allow-oom), so that none is left half done.
 
 local function now_ms()
