@@ -81,7 +81,11 @@ def load_decoder(
         parameters=model.config.num_parameters,
         generation_defaults=recommended,
     )
-    return Decoder(engine=engine, encode=encode, text_of=lambda token: tokenizer.decode([token]), models=(card,))
+
+    def spell(token: int) -> tuple[str, bytes]:
+        return tokenizer.token_text(token), tokenizer.token_bytes(token)
+
+    return Decoder(engine=engine, encode=encode, spell=spell, models=(card,))
 
 
 def settle() -> None:

@@ -94,22 +94,27 @@ class HeldJob:
             submitted_at=time.monotonic() - max(0.0, time.time() - self.job.created_at_unix_s),
         )
 
-    def add(self, event: TokenEvent, text_of: Callable[[int], str]) -> None:
-        """Turn an event of the engine into the next log entry."""
+    def add(self, event: TokenEvent, spell: Callable[[int], tuple[str, bytes]]) -> None:
+        """Turn an event of the engine into the next log entry; ``spell`` is that of ``Worker``."""
         terminal = None
         if event.finish_reason is not None:
             terminal = self._terminal(event)
+        text, data = None, None
+        if event.logprob is not None and event.token is not None:
+            text, data = _spelling(event.token, spell)
+        top = []
+        for token, logprob in event.top_logprobs:
+            name, others = _spelling(token, spell)
+            top.append(TopLogprob(token=token, logprob=logprob, text=name, bytes=others))
         self.entries.append(
             LogEntry(
                 seq=len(self.entries) + 1,
                 token=event.token,
                 text=event.text,
                 logprob=event.logprob,
-                token_text=None if event.logprob is None or event.token is None else text_of(event.token),
-                top_logprobs=tuple(
-                    TopLogprob(token=token, logprob=logprob, text=text_of(token))
-                    for token, logprob in event.top_logprobs
-                ),
+                token_text=text,
+                token_bytes=data,
+                top_logprobs=tuple(top),
                 terminal=terminal,
             )
         )
@@ -176,3 +181,9 @@ def deadline_exceeded() -> ErrorInfo:
         message="The job was not finished before its deadline.",
         http_status=504,
     )
+
+
+def _spelling(token: int, spell: Callable[[int], tuple[str, bytes]]) -> tuple[str, tuple[int, ...] | None]:
+    """What a token is called, and its bytes where they are not that."""
+    text, data = spell(token)
+    return text, None if text.encode() == data else tuple(data)

@@ -6,6 +6,7 @@ The first chunk of a chat carries the role *and* text; the last text chunk carri
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,6 +38,7 @@ class Answer:
         self._chat = chat
         self._include_usage = include_usage
         self._role_sent = resumed
+        self._utf8, self._length = codecs.getincrementaldecoder("utf-8")(errors="replace"), 0  # of the tokens told
         self._identity = {"id": job_id, "created": int(created_unix_s), "model": model}
 
     def chunk(self, entry: LogEntry) -> dict[str, Any] | None:
@@ -92,10 +94,10 @@ class Answer:
             return None
         if self._chat:
             return {"content": [_chat_logprob(entry) for entry in scored], "refusal": None}
-        offsets, length = [], 0
+        offsets = []
         for entry in scored:
-            offsets.append(length)
-            length += len(_token_text(entry))
+            offsets.append(self._length)
+            self._length += len(self._utf8.decode(bytes(_token_bytes(entry))))
         return {
             "tokens": [_token_text(entry) for entry in scored],
             "token_logprobs": [entry.logprob for entry in scored],
@@ -125,21 +127,35 @@ def _token_text(entry: LogEntry) -> str:
     return next((top.text for top in entry.top_logprobs if top.token == entry.token), entry.text)
 
 
+def _token_bytes(entry: LogEntry) -> Sequence[int]:
+    """What the token adds to the text; several tokens may share one character."""
+    return _token_text(entry).encode() if entry.token_bytes is None else entry.token_bytes
+
+
 def _alternatives(entry: LogEntry) -> dict[str, float]:
-    """The most likely texts, and the one that was chosen whether it is among them or not, as OpenAI has it."""
-    found = {top.text: top.logprob for top in entry.top_logprobs}
+    """The most likely texts, and the one that was chosen whether it is among them or not, as OpenAI has it.
+
+    Of tokens with the same text the likeliest counts.
+    """
+    found: dict[str, float] = {}
+    for top in entry.top_logprobs:
+        found.setdefault(top.text, top.logprob)
     if entry.logprob is not None:
-        found.setdefault(_token_text(entry), entry.logprob)
+        found[_token_text(entry)] = max(entry.logprob, found.get(_token_text(entry), entry.logprob))
     return found
 
 
 def _chat_logprob(entry: LogEntry) -> dict[str, Any]:
-    text = _token_text(entry)
     return {
-        "token": text,
+        "token": _token_text(entry),
         "logprob": entry.logprob,
-        "bytes": list(text.encode()),
+        "bytes": list(_token_bytes(entry)),
         "top_logprobs": [
-            {"token": top.text, "logprob": top.logprob, "bytes": list(top.text.encode())} for top in entry.top_logprobs
+            {
+                "token": top.text,
+                "logprob": top.logprob,
+                "bytes": list(top.text.encode() if top.bytes is None else top.bytes),
+            }
+            for top in entry.top_logprobs
         ],
     }

@@ -110,7 +110,7 @@ async def _run(
             store.worker_side(),
             queue.source(),
             encode=decoder.encode,
-            text_of=decoder.text_of,
+            spell=decoder.spell,
             models=decoder.models,
             worker_id=WORKER_ID,
             metrics=metrics,

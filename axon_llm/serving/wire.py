@@ -183,11 +183,12 @@ class Terminal(_Message):
 
 
 class TopLogprob(_Message):
-    """One alternative at a position."""
+    """One alternative at a position. ``bytes`` are what it would add to the text, where that is not its ``text``."""
 
     token: int
     logprob: float
     text: str = ""
+    bytes: tuple[int, ...] | None = None
 
 
 class LogEntry(_Message):
@@ -195,8 +196,10 @@ class LogEntry(_Message):
 
     ``seq`` counts 1, 2, 3 … without gaps; entry ``seq`` holds completion token ``seq - 1``. ``token`` is None only on
     a last entry that ended the job without a token (cancelled, failed). ``text`` may be empty (bytes of an unfinished
-    character, a possible stop string) or hold what was held back before; ``token_text`` is the token's own text and
-    set where log-probabilities were asked for. ``terminal`` is set on the last entry and on no other.
+    character, a possible stop string) or hold what was held back before; ``token_text`` is the token's own text, or
+    the name of a special token, and set where log-probabilities were asked for; ``token_bytes`` are the bytes it stands
+    for, where they are not that text: a part of a character, none. ``terminal`` is set on the last entry and on no
+    other.
     """
 
     seq: Annotated[int, Field(ge=1)]
@@ -204,6 +207,7 @@ class LogEntry(_Message):
     text: str = ""
     logprob: float | None = None
     token_text: str | None = None
+    token_bytes: tuple[int, ...] | None = None
     top_logprobs: tuple[TopLogprob, ...] = ()
     terminal: Terminal | None = None
 

@@ -49,7 +49,7 @@ class Worker:
         settings: time-outs and limits.
         engine: belongs to the thread that calls ``run``, as does ``store``.
         encode: the tokens of a job's prompt; raises ``RequestError`` if it has none.
-        text_of: the text of one token, for the alternatives of logprobs.
+        spell: what a token is called, and the bytes it adds to a text, for log-probabilities.
         models: what to announce. Other models have other queues; a job for one that comes all the same fails.
         worker_id: unique to this process.
     """
@@ -62,14 +62,14 @@ class Worker:
         source: JobSource,
         *,
         encode: Callable[[Job], tuple[int, ...]],
-        text_of: Callable[[int], str],
+        spell: Callable[[int], tuple[str, bytes]],
         models: tuple[ModelCard, ...],
         worker_id: str,
         metrics: WorkerMetrics | None = None,
         health: Health | None = None,
     ) -> None:
         self._settings, self._engine, self._store, self._source = settings, engine, store, source
-        self._encode, self._text_of = encode, text_of
+        self._encode, self._spell = encode, spell
         self._models = {model.id for model in models}
         self._worker_id = worker_id
         self._metrics = metrics or WorkerMetrics()
@@ -262,7 +262,7 @@ class Worker:
             held = self._by_engine_id.get(event.request_id)
             if held is None:
                 continue  # dropped: another worker has it
-            held.add(event, self._text_of)
+            held.add(event, self._spell)
             if event.token is not None:
                 self._metrics.generated_tokens.inc()
                 if held.last_token_at is not None:

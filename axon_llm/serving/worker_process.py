@@ -34,7 +34,7 @@ class Decoder:
 
     engine: DecodingEngine
     encode: Callable[[Job], tuple[int, ...]]
-    text_of: Callable[[int], str]
+    spell: Callable[[int], tuple[str, bytes]]
     models: tuple[ModelCard, ...]
 
 
@@ -60,7 +60,7 @@ def serve(settings: ServingSettings, build: Callable[[], Decoder]) -> None:
         TokenLog(settings),
         broker.Consumer(settings, decoder.engine.stats().slots, [model.id for model in decoder.models]),
         encode=decoder.encode,
-        text_of=decoder.text_of,
+        spell=decoder.spell,
         models=decoder.models,
         worker_id=f"{_host_name()}-{os.getpid()}-{secrets.token_hex(4)}",
         metrics=metrics,

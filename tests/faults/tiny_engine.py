@@ -29,6 +29,11 @@ def text_of(token: int) -> str:
     return VOCABULARY[token]
 
 
+def spell(token: int) -> tuple[str, bytes]:
+    """Return what a token is called, and its bytes."""
+    return text_of(token), text_of(token).encode()
+
+
 def encode(job: Job) -> tuple[int, ...]:
     """Return the prompt of a job as its bytes."""
     if job.prompt_tokens is not None:

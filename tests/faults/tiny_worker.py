@@ -26,7 +26,7 @@ def main() -> int:
             lambda: Decoder(
                 engine=tiny_engine.TinyEngine(slots, step_s),
                 encode=tiny_engine.encode,
-                text_of=tiny_engine.text_of,
+                spell=tiny_engine.spell,
                 models=(tiny_engine.model_card(),),
             ),
         )

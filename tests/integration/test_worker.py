@@ -54,7 +54,7 @@ class Bench:
             store or self.store.worker_side(),
             self.queue.source(),
             encode=encode,
-            text_of=tiny_engine.text_of,
+            spell=tiny_engine.spell,
             models=(tiny_engine.model_card(),),
             worker_id=name,
             metrics=WorkerMetrics(),
@@ -250,7 +250,7 @@ def still_worker(store: UnsteadyStore, health: Health) -> Worker:
         store,  # type: ignore[arg-type]
         source,  # type: ignore[arg-type]
         encode=tiny_engine.encode,
-        text_of=tiny_engine.text_of,
+        spell=tiny_engine.spell,
         models=(tiny_engine.model_card(),),
         worker_id="w1",
         health=health,

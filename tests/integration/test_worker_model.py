@@ -36,7 +36,7 @@ class Bench:
             self.store.worker_side(),
             self.queue.source(),
             encode=decoder.encode,
-            text_of=decoder.text_of,
+            spell=decoder.spell,
             models=decoder.models,
             worker_id="w1",
         )
@@ -91,7 +91,7 @@ async def test_logprobs_name_the_tokens_themselves_where_the_text_lags_behind(be
     assert len(entries) == 20
     for entry in entries:
         assert entry.token is not None
-        assert entry.token_text == bench.decoder.text_of(entry.token)
+        assert entry.token_text == bench.decoder.spell(entry.token)[0]
     assert [entry.token_text for entry in entries] != [entry.text for entry in entries]
     plain = sampling.model_copy(update={"logprobs": None})
     unscored = await bench.answer(make_job(model=model.id, prompt=PROMPT, sampling=plain))

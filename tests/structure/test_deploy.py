@@ -61,6 +61,24 @@ def test_every_secret_is_mounted_from_a_file_and_named_in_the_instructions() -> 
             assert not re.search("SECRET$|_URL$|PASSWORD", entry["name"]), "secrets come from files"
 
 
+def test_what_runs_as_somebody_can_read_its_secrets() -> None:
+    for document in documents():
+        if document["kind"] == "Deployment":
+            assert document["spec"]["template"]["spec"]["securityContext"]["fsGroup"] > 0
+
+
+def test_what_answers_clients_waits_to_be_forgotten_before_it_ends() -> None:
+    assert all("preStop" in containers()[name]["lifecycle"] for name in ("gateway", "session-manager"))
+
+
+def test_applying_the_files_again_does_not_undo_scaling() -> None:
+    scaled = {d["spec"]["scaleTargetRef"]["name"] for d in documents() if d["kind"] == "ScaledObject"}
+    assert scaled == {"worker"}
+    for document in documents():
+        if document["kind"] == "Deployment":
+            assert ("replicas" in document["spec"]) == (document["metadata"]["name"] not in scaled)
+
+
 def test_selectors_select_what_is_deployed() -> None:
     labels = {
         d["metadata"]["name"]: d["spec"]["template"]["metadata"]["labels"]["app"]

@@ -76,3 +76,31 @@ def test_logprobs_name_the_chosen_token_where_its_text_is_held_back_and_it_is_no
     assert text["tokens"] == [" I", " can"]
     assert text["top_logprobs"] == [{" can": -0.1, " I": -2.0}, {" can": -0.1}]
     assert text["text_offset"] == [0, 2]
+
+
+def test_the_bytes_of_tokens_make_up_the_text_though_one_is_half_a_character_and_one_is_special() -> None:
+    halves = [
+        LogEntry(seq=1, token=1, token_text="\ufffd", token_bytes=(0xC3,), logprob=-1.0),
+        LogEntry(seq=2, token=2, text="é", token_text="\ufffd", token_bytes=(0xA9,), logprob=-1.0),
+        LogEntry(seq=3, token=3, text="!", token_text="!", logprob=-1.0),
+        LogEntry(seq=4, token=4, token_text="<end>", token_bytes=(), logprob=-1.0, terminal=STOP),
+    ]
+    chat = Answer("chatcmpl-1", "m", 0, chat=True).whole(halves, STOP)["choices"][0]
+    told = b"".join(bytes(item["bytes"]) for item in chat["logprobs"]["content"])
+    assert told.decode() == chat["message"]["content"] == "é!"
+    text = Answer("cmpl-1", "m", 0, chat=False).whole(halves, STOP)["choices"][0]["logprobs"]
+    assert text["text_offset"] == [0, 0, 1, 2]
+    assert text["tokens"][-1] == "<end>"
+
+
+def test_offsets_go_on_from_chunk_to_chunk() -> None:
+    answer = Answer("cmpl-1", "m", 0, chat=False)
+    chunks = [answer.chunk(LogEntry(seq=seq, token=1, text="ab", token_text="ab", logprob=-1.0)) for seq in (1, 2, 3)]
+    assert [chunk["choices"][0]["logprobs"]["text_offset"] for chunk in chunks if chunk] == [[0], [2], [4]]
+
+
+def test_of_two_alternatives_with_one_text_the_likelier_counts() -> None:
+    top = (TopLogprob(token=5, logprob=-0.1, text="a"), TopLogprob(token=6, logprob=-4.0, text="a"))
+    entry = LogEntry(seq=1, token=6, text="a", token_text="a", logprob=-4.0, top_logprobs=top, terminal=STOP)
+    text = Answer("cmpl-1", "m", 0, chat=False).whole([entry], STOP)["choices"][0]["logprobs"]
+    assert text["top_logprobs"] == [{"a": -0.1}]

@@ -93,6 +93,16 @@ def test_a_character_split_over_tokens_comes_out_when_it_is_whole() -> None:
     assert [stream.push(token) for token in tokenizer.encode("a한🎉")] == ["a", "", "", "한", "", "", "", "🎉"]
 
 
+def test_a_token_by_itself_has_its_own_text_and_bytes(tmp_path: Path) -> None:
+    sentencepiece = sentencepiece_like()
+    space, first = sentencepiece.encode("é", special=False)[:2]
+    assert (sentencepiece.token_text(space), sentencepiece.token_bytes(space)) == (" ", b" ")
+    assert (sentencepiece.token_text(first), sentencepiece.token_bytes(first)) == ("\ufffd", b"\xc3")
+    tokenizer = byte_level(tmp_path)
+    [end] = tokenizer.encode("<|im_end|>", parse_special=True)
+    assert (tokenizer.token_text(end), tokenizer.token_bytes(end)) == ("<|im_end|>", b"")
+
+
 def test_an_unfinished_character_comes_out_as_a_replacement_at_the_end() -> None:
     tokenizer = byte_tokenizer()
     stream = StreamDecoder(tokenizer)
