@@ -124,6 +124,9 @@ def tensor_files(folder: Path) -> list[Path]:
     Raises:
         CheckpointError: none, or some are missing; other formats are named and refused.
     """
+    # First, as transformers does: a checkpoint saved over a sharded one replaces the shards and leaves their index.
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
     index = folder / _INDEX
     if index.is_file():
         try:
@@ -139,8 +142,6 @@ def tensor_files(folder: Path) -> list[Path]:
                 "The download may be incomplete.",
             )
         return [folder / name for name in names]
-    if (folder / "model.safetensors").is_file():
-        return [folder / "model.safetensors"]
     others = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".gguf"))
     if others:
         raise CheckpointError(

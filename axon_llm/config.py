@@ -46,7 +46,7 @@ class ModelConfig:
         num_heads: query heads.
         num_kv_heads: key and value heads; equal to ``num_heads`` (MHA), fewer (GQA) or one (MQA).
         head_dim: channels per head; not always ``hidden_size / num_heads``.
-        max_position_embeddings: longest context the model claims.
+        max_position_embeddings: longest context the model claims, or yarn stretches it to.
         norm_eps: epsilon of every RMSNorm.
         rope: rotary embedding.
         tie_word_embeddings: the output layer is the embedding matrix.
@@ -152,7 +152,8 @@ class ModelConfig:
                 raise ConfigError(f"{name} is missing")
         hidden_size, num_heads = keys.take("hidden_size", int), keys.take("num_attention_heads", int)
         num_layers = keys.take("num_hidden_layers", int)
-        max_position_embeddings = keys.take("max_position_embeddings", int, _DEFAULT_CONTEXT[family])
+        stated = keys.take("max_position_embeddings", int, _DEFAULT_CONTEXT[family])
+        rope, context = read_rope(keys, stated)
         default_kv_heads = 8 if family == "mistral" and "num_key_value_heads" not in raw else num_heads
         default_head_dim = 128 if family == "qwen3" else hidden_size // max(num_heads, 1)
         attention_bias = keys.take("attention_bias", bool, family == "qwen2")
@@ -167,9 +168,9 @@ class ModelConfig:
             num_heads=num_heads,
             num_kv_heads=keys.take("num_key_value_heads", int, default_kv_heads),
             head_dim=keys.take("head_dim", int, default_head_dim),
-            max_position_embeddings=max_position_embeddings,
+            max_position_embeddings=context,
             norm_eps=keys.take("rms_norm_eps", float, 1e-6),
-            rope=read_rope(keys, max_position_embeddings),
+            rope=rope,
             tie_word_embeddings=keys.take("tie_word_embeddings", bool, False),
             qkv_bias=attention_bias,
             out_bias=attention_bias and family != "qwen2",

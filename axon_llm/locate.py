@@ -6,15 +6,17 @@ Never imports torch; huggingface_hub only when something must be looked up there
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
-from axon_llm.errors import ModelNotFound
+from axon_llm.errors import CheckpointError, ModelNotFound
 
 SHIPPED = ("axon-tiny",)
 DEFAULT_MODEL = "axon-tiny"
-WANTED_FILES = (
-    "model*.safetensors",  # not "consolidated.safetensors", the same weights again under other names
+WEIGHT_FILES = ("model*.safetensors",)  # not "consolidated.safetensors", the same weights again under other names
+SMALL_FILES = (
     "model.safetensors.index.json",
     "config.json",
     "generation_config.json",
@@ -26,12 +28,13 @@ WANTED_FILES = (
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*\Z")
 
 
-def locate(name: str | Path) -> Path:
+def locate(name: str | Path, *, weights: bool = True) -> Path:
     """The folder of a model.
 
     Args:
         name: a folder with a ``config.json``, the name of a shipped model, or ``organisation/name`` on the Hugging Face
             Hub, which is downloaded (with a progress bar on standard error) unless it is in the local cache.
+        weights: download them too; otherwise the folder of a model on the Hub may lack them (see ``hub_headers``).
 
     Raises:
         ModelNotFound: nothing of that name; the hint lists what is there.
@@ -51,9 +54,31 @@ def locate(name: str | Path) -> Path:
         )
     if folder.is_file():
         raise ModelNotFound(f"{folder} is a file", "Give the folder that holds config.json and *.safetensors.")
-    if _HUB_ID.match(text) and ".." not in text:
-        return _from_hub(text)
+    if is_hub_id(text):
+        return _from_hub(text, (*WEIGHT_FILES, *SMALL_FILES) if weights else SMALL_FILES)
     raise ModelNotFound(f"no model named {text!r}", _what_is_there())
+
+
+def is_hub_id(name: str | Path) -> bool:
+    """Whether this is a model on the Hub: no folder that is here, and spelled like one."""
+    text = str(name)
+    return bool(_HUB_ID.match(text)) and ".." not in text and not Path(text).exists()
+
+
+def hub_headers(repo: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Name → (dtype as safetensors calls it, shape) of every tensor of a model on the Hub, without downloading it.
+
+    Only the header of each file is asked for, which is some kilobytes.
+
+    Raises:
+        CheckpointError: it holds no safetensors files.
+        ModelNotFound: there is no such model, or no way to the Hub.
+    """
+    from huggingface_hub import get_safetensors_metadata
+
+    with _asking_for(repo):
+        files = get_safetensors_metadata(repo).files_metadata.values()
+    return {name: (tensor.dtype, tuple(tensor.shape)) for file in files for name, tensor in file.tensors.items()}
 
 
 def shipped_folder() -> Path:
@@ -65,12 +90,17 @@ def shipped_folder() -> Path:
 
 
 def available() -> list[str]:
-    """Names that work without a network: shipped models and those in the Hub's local cache."""
+    """Names that work without a network: shipped models and those in the Hub's local cache, weights included."""
     names = [name for name in SHIPPED if (shipped_folder() / name / "config.json").is_file()]
     try:
         from huggingface_hub import scan_cache_dir
 
-        names += sorted(repo.repo_id for repo in scan_cache_dir().repos if repo.repo_type == "model")
+        names += sorted(
+            repo.repo_id
+            for repo in scan_cache_dir().repos
+            if repo.repo_type == "model"
+            and any(file.file_name.endswith(".safetensors") for revision in repo.revisions for file in revision.files)
+        )
     except Exception:  # no cache folder yet, or no huggingface_hub: nothing to list
         return names
     return names
@@ -80,18 +110,29 @@ def _what_is_there() -> str:
     return f"Here: {', '.join(available()) or 'nothing'}; or a folder, a Hub id (organisation/name), or random:SHAPE."
 
 
-def _from_hub(repo: str) -> Path:
+def _from_hub(repo: str, files: tuple[str, ...]) -> Path:
     from huggingface_hub import snapshot_download
+
+    with _asking_for(repo):
+        return Path(snapshot_download(repo, allow_patterns=list(files)))
+
+
+@contextmanager
+def _asking_for(repo: str) -> Iterator[None]:
+    """Whatever keeps a model of the Hub from being read is an error of ours."""
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
         LocalEntryNotFoundError,
+        NotASafetensorsRepoError,
         OfflineModeIsEnabled,
         RepositoryNotFoundError,
     )
 
     try:
-        return Path(snapshot_download(repo, allow_patterns=list(WANTED_FILES)))
+        yield
+    except NotASafetensorsRepoError:
+        raise CheckpointError(f"{repo} holds no model.safetensors", "Axon reads safetensors only.") from None
     except GatedRepoError:
         raise ModelNotFound(
             f"{repo} is gated", "Accept its licence on the Hub and log in with `hf auth login`."

@@ -42,8 +42,19 @@ class RopeConfig:
     yarn_scale: float = 1.0
 
 
-def read_rope(keys: Keys, max_position_embeddings: int) -> RopeConfig:
-    """Both spellings: ``rope_theta`` + ``rope_scaling`` of published checkpoints, ``rope_parameters`` of newer ones."""
+def read_rope(keys: Keys, max_position_embeddings: int) -> tuple[RopeConfig, int]:
+    """Both spellings: ``rope_theta`` + ``rope_scaling`` of published checkpoints, ``rope_parameters`` of newer ones.
+
+    Args:
+        keys: of the whole file.
+        max_position_embeddings: as the file states it.
+
+    Returns:
+        The rotary embedding, and the longest context with it.
+
+    Raises:
+        ConfigError: a parameter is missing, malformed, unknown, or contradicts another.
+    """
     theta = keys.take("rope_theta", float, None)
     scaling = keys.take("rope_scaling", dict, None)
     parameters = keys.take("rope_parameters", dict, None)
@@ -85,7 +96,15 @@ def read_rope(keys: Keys, max_position_embeddings: int) -> RopeConfig:
     factor = fields.get("factor", 1.0)
     if factor <= 0 or not math.isfinite(factor):
         raise ConfigError(f"rope factor must be positive, not {factor}")
-    return RopeConfig(theta=theta, kind=kind, **fields)
+    context, original = max_position_embeddings, rope.raw.get("original_max_position_embeddings")
+    if kind == "yarn" and original is not None:
+        # Qwen's instructions add yarn to a file and leave its context as it was. Not so for linear, which does not tell
+        # what it stretches: some files state the context before, some after.
+        stretched = original * factor
+        if not math.isfinite(stretched):
+            raise ConfigError(f"rope factor {factor} stretches the context beyond all bounds")
+        context = max(context, int(stretched))
+    return RopeConfig(theta=theta, kind=kind, **fields), context
 
 
 def _read_yarn(rope: Keys, max_position_embeddings: int, factor: float | None) -> dict[str, Any]:

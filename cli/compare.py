@@ -119,10 +119,13 @@ def _side(outcome: Comparison, side: Side) -> dict[str, Any]:
 
 
 def _print(outcome: Comparison, report: dict[str, Any], text: str) -> None:
+    from rich.text import Text
+
     from .render import human_bytes, human_seconds, sparkline, stdout_console, table
 
     console = stdout_console()
-    console.print(f"[bold]{report['model']}[/]  {report['dtype']} on {report['hardware']}, torch {report['torch']}")
+    about = f"  {report['dtype']} on {report['hardware']}, torch {report['torch']}"
+    console.print(Text.assemble((report["model"], "bold"), about))
     console.print(f"{outcome.prompt_tokens} prompt tokens, {len(outcome.cached.tokens)} generated, greedy\n")
     on, off = outcome.cached, outcome.uncached
 
@@ -166,7 +169,7 @@ def _print(outcome: Comparison, report: dict[str, Any], text: str) -> None:
             f"(ahead by {mismatch.uncached.margin:.4f})"
             + (": a near-tie, which rounding decides; --dtype float32 tells" if mismatch.near_tie else "")
         )
-    console.print(f"\n[dim]{' '.join(text.split())[: 3 * 80]}[/]", markup=True)
+    console.print(Text(f"\n{' '.join(text.split())[: 3 * 80]}", style="dim"))
 
 
 class _progress:  # noqa: N801 - used like a function

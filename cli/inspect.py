@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import math
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from axon_llm.config import ModelConfig
-from axon_llm.errors import UsageError
+from axon_llm.errors import CheckpointError, UsageError
 
 from . import options
 
@@ -32,7 +33,10 @@ def command(
     memory: Annotated[str, typer.Option(help="Memory to fill, such as 16GiB.")] = "16GiB",
     as_json: options.AsJson = False,
 ) -> None:
-    """Show parameters, bytes of weights, and cache bytes by context, slots and dtype. Loads no weights."""
+    """Show parameters, bytes of weights, and cache bytes by context, slots and dtype.
+
+    Loads no weights. Of a model on the Hub it downloads none either, but the headers of their files.
+    """
     room = parse_bytes(memory)
     from axon_llm.locate import locate
     from axon_llm.shapes import PREFIX, shape_config
@@ -41,18 +45,33 @@ def command(
         config = shape_config(model)
         weight_bytes, folder = config.num_parameters * ELEMENT_BYTES["bfloat16"], None
     else:
-        folder = locate(model)
+        folder = locate(model, weights=False)
         config = ModelConfig.from_file(folder / "config.json")
-        from axon_llm.checkpoint import tensor_headers
-
         weight_bytes = sum(
-            math.prod(shape) * _STORED_BYTES.get(dtype, 1) for dtype, shape in tensor_headers(folder).values()
+            math.prod(shape) * _STORED_BYTES.get(dtype, 1) for dtype, shape in headers_of(model, folder).values()
         )
     report = as_report(model, str(folder) if folder else None, config, weight_bytes, room)
     if as_json:
         print(json.dumps(report))
     else:
         _print(report, config)
+
+
+def headers_of(model: str, folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Name → (dtype, shape) of every tensor: of the files in ``folder``, or on the Hub where not all of them are here.
+
+    Raises:
+        ModelError: they cannot be read.
+    """
+    from axon_llm.checkpoint import tensor_headers
+    from axon_llm.locate import hub_headers, is_hub_id
+
+    try:
+        return tensor_headers(folder)
+    except CheckpointError:
+        if not is_hub_id(model):
+            raise
+    return hub_headers(model)
 
 
 def as_report(model: str, folder: str | None, config: ModelConfig, weight_bytes: int, room: int) -> dict[str, Any]:
@@ -149,15 +168,17 @@ def parse_bytes(text: str) -> int:
 
 
 def _print(report: dict[str, Any], config: ModelConfig) -> None:
+    from rich.text import Text
+
     from .render import human_bytes, human_count, stdout_console, table
 
     console = stdout_console()
     heads = f"{config.num_heads} query heads, {config.num_kv_heads} KV heads of {config.head_dim}"
     windows = f", sliding windows {report['sliding_windows']}" if report["sliding_windows"] else ""
     tied = "tied" if config.tie_word_embeddings else "untied"
+    about = f"  {config.family}, {human_count(config.num_parameters)} parameters"
     console.print(
-        f"[bold]{report['model']}[/]  {config.family}, {human_count(config.num_parameters)} parameters, "
-        f"{human_bytes(report['weight_bytes'])} of weights"
+        Text.assemble((report["model"], "bold"), f"{about}, {human_bytes(report['weight_bytes'])} of weights")
     )
     console.print(f"{config.num_layers} layers of {config.hidden_size} / {config.intermediate_size}, {heads}{windows}")
     console.print(

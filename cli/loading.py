@@ -67,5 +67,7 @@ def _status(text: str) -> Iterator[None]:
     if not console.is_terminal:
         yield
         return
-    with console.status(f"[dim]{text}[/]"):
+    from rich.text import Text
+
+    with console.status(Text(text, style="dim")):
         yield

@@ -99,7 +99,7 @@ def draw_comparison(report: dict[str, Any], path: Path) -> None:
         )
         version = report["commit"] or report["axon"]
         note = f"{report['model']}, {report['dtype']}, {report['hardware']}, torch {report['torch']}, axon {version}"
-        figure.supxlabel(note, fontsize=8.5, color=FAINT, x=0.01, ha="left")
+        figure.supxlabel(note, fontsize=8.5, color=FAINT, x=0.01, ha="left", parse_math=False)
         figure.savefig(path, dpi=160, metadata={"Date": None} if path.suffix.lower() == ".svg" else None)
         plt.close(figure)
 

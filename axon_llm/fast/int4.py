@@ -17,9 +17,11 @@ from torch.nn import functional as F
 from axon_llm.fast.linear import FastLinear
 from axon_llm.fast.quantise import GROUP
 
+CHANNELS = 16  # output channels that PyTorch's kernel takes at a time
 
-def pack(q: Tensor, scale: Tensor, middle: Tensor) -> tuple[Tensor, Tensor]:
-    """Values and scales in the layout of PyTorch's CPU kernel.
+
+def pack(q: Tensor, scale: Tensor, middle: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Values and scales in the layout of PyTorch's CPU kernel, which takes output channels by 16: zeros fill them up.
 
     Args:
         q: ``[N, K]`` uint8, 0 … 15.
@@ -27,10 +29,12 @@ def pack(q: Tensor, scale: Tensor, middle: Tensor) -> tuple[Tensor, Tensor]:
         middle: ``[N, G]``.
 
     Returns:
-        packed uint8 ``[N, K / 2]`` and scales-and-middles bfloat16 ``[G, N, 2]``.
+        packed uint8 ``[⌈N / 16⌉ · 16, K / 2]``, scales-and-middles bfloat16 ``[G, ⌈N / 16⌉ · 16, 2]``, and N.
     """
-    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.int().contiguous(), 1)
-    return packed, torch.stack((scale, middle), dim=2).transpose(0, 1).contiguous().bfloat16()
+    whole = (0, 0, 0, -len(q) % CHANNELS)
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(F.pad(q, whole).int().contiguous(), 1)
+    scales = torch.stack((F.pad(scale, whole), F.pad(middle, whole)), dim=2).transpose(0, 1)
+    return packed, scales.contiguous().bfloat16(), len(q)
 
 
 @cache
@@ -44,6 +48,7 @@ class Int4Linear(FastLinear):
     Args:
         packed: as :func:`pack` returns.
         scales: as :func:`pack` returns.
+        out_features: N.
         bias: ``[N]`` or ``None``.
     """
 
@@ -51,8 +56,8 @@ class Int4Linear(FastLinear):
     packed: Tensor
     scales: Tensor
 
-    def __init__(self, packed: Tensor, scales: Tensor, bias: Tensor | None = None) -> None:
-        super().__init__(packed.shape[1] * 2, packed.shape[0])
+    def __init__(self, packed: Tensor, scales: Tensor, out_features: int, bias: Tensor | None = None) -> None:
+        super().__init__(packed.shape[1] * 2, out_features)
         self.register_buffer("packed", packed)
         self.register_buffer("scales", scales)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
@@ -62,7 +67,7 @@ class Int4Linear(FastLinear):
         """``x`` ``[…, K]`` → ``[…, N]`` in x's dtype."""
         rows = x.reshape(-1, self.in_features).to(torch.bfloat16).contiguous()
         y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.packed, GROUP, self.scales)
-        y = y.view(*x.shape[:-1], self.out_features).to(x.dtype)
+        y = y[:, : self.out_features].reshape(*x.shape[:-1], self.out_features).to(x.dtype)
         return y if self.bias is None else y + self.bias
 
     @property

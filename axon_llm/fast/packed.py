@@ -49,7 +49,7 @@ def write_packed(source: Path, target: Path, quantize: str) -> int:
 
     Raises:
         ModelError: the source cannot be read, or is packed already.
-        UsageError: the target holds something, the sizes cannot be grouped, or the quantisation is not known.
+        UsageError: the target holds something, input channels cannot be grouped, or the quantisation is not known.
     """
     if quantize not in _KINDS:
         raise UsageError(f"a checkpoint cannot be packed as {quantize!r}", f"Known: {', '.join(_KINDS)}.")

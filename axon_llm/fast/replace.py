@@ -203,7 +203,7 @@ def quantised(quantize: str, linears: Sequence[nn.Linear]) -> tuple[Tensor, ...]
     """The weights of linears, stacked and quantised: values and scales.
 
     Raises:
-        UsageError: sizes that cannot be grouped.
+        UsageError: input channels that cannot be grouped.
     """
     weight = stack([linear.weight for linear in linears])
     assert weight is not None
@@ -211,9 +211,9 @@ def quantised(quantize: str, linears: Sequence[nn.Linear]) -> tuple[Tensor, ...]
         return quantise_int8(weight)
     if quantize == "fp8":
         return quantise_fp8(weight)
-    if weight.shape[1] % GROUP or weight.shape[0] % GROUP:
+    if weight.shape[1] % GROUP:
         raise UsageError(
-            f"int4 needs sizes that are multiples of {GROUP}; this model has a {list(weight.shape)} linear",
+            f"int4 needs input channels that are multiples of {GROUP}; this model has a {list(weight.shape)} linear",
             "--quantize int8 has no such limit.",
         )
     return quantise_int4(weight)

@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_reference
+from conftest import BASE, CLASSES, make_reference
 
 from axon_llm.cache import KVCache
 from axon_llm.checkpoint import load_model
 from axon_llm.config import ModelConfig
 from axon_llm.engine.generate import greedy
+from axon_llm.layers.rope import rope_frequencies
 from axon_llm.model import Transformer
 
 LLAMA3 = {
@@ -181,11 +182,33 @@ def test_published_and_newer_spellings_of_rope_give_the_same_model(tmp_path: Pat
     assert spelled[0].rope.kind == "llama3"
 
 
+@pytest.mark.parametrize(("family", "stated"), [("qwen2", 32768), ("qwen3", 40960)])
+def test_yarn_as_qwen_tells_to_add_it_turns_by_the_frequencies_of_transformers(family: str, stated: int) -> None:
+    from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
+
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+    sizes = {**BASE, "hidden_size": 512, "head_dim": 128, "rope_theta": 1000000.0, "max_position_embeddings": stated}
+    theirs = CLASSES[family][0](**sizes, rope_scaling=dict(yarn))
+    reference = {"qwen2": Qwen2RotaryEmbedding, "qwen3": Qwen3RotaryEmbedding}[family](theirs)
+    config = ModelConfig.from_dict({**sizes, "model_type": family, "rope_scaling": yarn})
+    frequencies, scale = rope_frequencies(config.rope, config.head_dim)
+    assert torch.equal(torch.tensor(frequencies), reference.inv_freq)
+    assert scale == reference.attention_scaling != 1.0
+    assert config.max_position_embeddings == 131072
+
+
 def test_a_sharded_checkpoint_is_the_same_as_a_whole_one(tmp_path: Path) -> None:
     reference = make_reference(tmp_path / "whole", "qwen2")
     reference.save_pretrained(tmp_path / "sharded", max_shard_size="60KB")
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
     assert_same_numbers(reference, tmp_path / "sharded", length=30)
+
+
+def test_a_checkpoint_saved_over_a_sharded_one_is_the_later_one(tmp_path: Path) -> None:
+    make_reference(tmp_path, "qwen2").save_pretrained(tmp_path, max_shard_size="60KB")
+    reference = make_reference(tmp_path, "qwen2", seed=1)
+    assert_same_numbers(reference, tmp_path, length=30)
 
 
 def test_old_checkpoints_with_rotary_tables_inside_load(tmp_path: Path) -> None:

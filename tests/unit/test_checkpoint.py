@@ -160,11 +160,22 @@ def test_a_pickle_is_refused_by_name_and_never_opened(name: str, folder: Path) -
 
 def test_a_missing_shard_is_named(folder: Path) -> None:
     index = {
-        "weight_map": {"model.norm.weight": "model.safetensors", "lm_head.weight": "model-00002-of-00002.safetensors"}
+        "weight_map": {
+            "model.norm.weight": "model-00001-of-00002.safetensors",
+            "lm_head.weight": "model-00002-of-00002.safetensors",
+        }
     }
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
     with pytest.raises(CheckpointError, match="model-00002-of-00002"):
         read(folder)
+
+
+def test_a_whole_file_is_preferred_to_the_index_of_shards_it_has_replaced(folder: Path) -> None:
+    index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    read(folder)
+    assert tensor_headers(folder)["model.norm.weight"] == ("F32", (32,))
 
 
 @pytest.mark.parametrize(
@@ -172,6 +183,7 @@ def test_a_missing_shard_is_named(folder: Path) -> None:
 )
 def test_a_nonsense_index_is_one_clear_error(index: str, folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(index)
+    (folder / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match="index"):
         read(folder)
 

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,10 +15,16 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from huggingface_hub.utils import SafetensorsFileMetadata, SafetensorsRepoMetadata, TensorInfo
+from rich.console import Console
 
 from axon_llm.bench import compare as comparing
 from axon_llm.cache import KVCache
+from axon_llm.checkpoint import tensor_headers
+from axon_llm.locate import shipped_folder
 from axon_llm.shapes import shape_config
+from axon_llm.tokenizer import Tokenizer
+from cli import loading
 from cli.main import COMMANDS
 from tests.unit.terminal import TINY, axon
 
@@ -131,6 +138,42 @@ def test_inspect_shows_the_same_figures_to_people() -> None:
     assert "32.00 KiB in bfloat16" in shown
 
 
+def test_inspect_reads_of_a_hub_model_no_more_than_the_headers_of_its_weights(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = shipped_folder() / "axon-tiny"
+    shutil.copyfile(folder / "config.json", tmp_path / "config.json")
+    tensors = {name: TensorInfo(dtype, list(shape), (0, 0)) for name, (dtype, shape) in tensor_headers(folder).items()}
+    file = SafetensorsFileMetadata(metadata={}, tensors=tensors)
+
+    def download(repo: str, allow_patterns: list[str]) -> str:
+        assert not any(pattern.endswith(".safetensors") for pattern in allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.setattr(
+        "huggingface_hub.get_safetensors_metadata",
+        lambda repo: SafetensorsRepoMetadata(None, False, {}, {"model.safetensors": file}),
+    )
+    there, here = (axon("inspect", name, "--json").json for name in ("org/name", str(folder)))
+    assert there["folder"] == str(tmp_path)
+    assert {**there, "model": "", "folder": ""} == {**here, "model": "", "folder": ""}
+
+
+def test_what_a_model_is_called_is_shown_as_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    odd = tmp_path / "[bold]:smile:$^$[" / "INST]"  # markup to a terminal, and to a picture
+    odd.parent.mkdir()
+    odd.symlink_to(shipped_folder() / "axon-tiny")
+    monkeypatch.chdir(tmp_path)
+    name = str(odd.relative_to(tmp_path))
+    for words in (["inspect", name], ["compare", "-m", name, "--device", "cpu", "-n", "2", "--plot", "picture.svg"]):
+        assert axon(*words).out.startswith(f"{name}  ")
+    shown = Console(file=io.StringIO(), force_terminal=True, width=200)
+    monkeypatch.setattr(loading, "stderr_console", lambda: shown)
+    axon("generate", "hello", "-m", name, "--device", "cpu", "-n", "1")
+    assert f"loading {name}" in shown.file.getvalue()  # type: ignore[attr-defined]
+
+
 def compared(*words: str) -> list[str]:
     return ["compare", "hello", *TINY, "-n", "40", *words]
 
@@ -163,6 +206,12 @@ def test_compare_fits_every_terminal() -> None:
     assert "same tokens: 40 of 40" in done.stdout
     assert "growth" in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 120
+
+
+@pytest.mark.parametrize("text", ["[/INST] and on", "[bold]loud[/bold] :smile:"])
+def test_compare_shows_the_text_as_it_was_generated(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Tokenizer, "decode", lambda *_: text)
+    assert axon(*compared()).out.splitlines()[-1] == text
 
 
 @pytest.fixture

@@ -248,6 +248,10 @@ def test_every_named_shape_is_a_valid_configuration(name: str) -> None:
         ({"layer_types": ["full_attention", ["x"]]}, "layer_types"),
         ({"rope_scaling": {"rope_type": "yarn", "original_max_position_embeddings": 0, "factor": 2.0}}, "positive"),
         (
+            {"rope_scaling": {"rope_type": "yarn", "original_max_position_embeddings": 64, "factor": 1e308}},
+            "all bounds",
+        ),
+        (
             {
                 "rope_scaling": {"rope_type": "linear", "factor": 4.0},
                 "rope_parameters": {"rope_type": "linear", "factor": 2.0},
@@ -276,6 +280,28 @@ def test_a_missing_context_length_is_what_transformers_takes_it_for() -> None:
     raw = {name: value for name, value in LLAMA.items() if name != "max_position_embeddings"}
     assert ModelConfig.from_dict(raw).max_position_embeddings == 2048
     assert ModelConfig.from_dict({**raw, "model_type": "qwen3"}).max_position_embeddings == 32768
+
+
+def test_yarn_stretches_the_context_that_the_file_states() -> None:
+    instructions = {"factor": 4.0, "original_max_position_embeddings": 32768}
+    for name, spelling in (("Qwen2.5-0.5B", "type"), ("Qwen3-0.6B", "rope_type")):
+        config = ModelConfig.from_dict({**PUBLISHED[name][0], "rope_scaling": {spelling: "yarn", **instructions}})
+        assert config.max_position_embeddings == 131072
+        assert config.rope.original_max_position_embeddings == 32768
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"rope_type": "linear", "factor": 4.0, "original_max_position_embeddings": 128},
+        {"rope_type": "yarn", "factor": 4.0},
+        {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32},
+        {"rope_type": "yarn", "original_max_position_embeddings": 32},
+    ],
+    ids=["linear", "yarn of an unnamed context", "yarn of less", "yarn without a factor"],
+)
+def test_a_context_that_may_be_stretched_already_is_taken_as_stated(scaling: dict[str, Any]) -> None:
+    assert ModelConfig.from_dict({**LLAMA, "rope_scaling": scaling}).max_position_embeddings == 128
 
 
 def test_a_null_truncate_of_yarn_means_no() -> None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from functools import partial
+from pathlib import Path, PurePath
 
 import pytest
+from huggingface_hub import scan_cache_dir
+from huggingface_hub.errors import NotASafetensorsRepoError
 
-from axon_llm.errors import ModelNotFound
-from axon_llm.locate import locate, shipped_folder
+from axon_llm.errors import CheckpointError, ModelNotFound
+from axon_llm.locate import available, hub_headers, is_hub_id, locate, shipped_folder
+
+NAMES = ("model.safetensors.index.json", "config.json", "tokenizer.json", "tokenizer_config.json")
 
 
 @pytest.fixture(autouse=True)
@@ -36,6 +41,52 @@ def test_a_hub_id_that_cannot_be_reached_says_so_and_lists_what_is_there() -> No
     with pytest.raises(ModelNotFound, match="not in the local cache") as caught:
         locate("HuggingFaceTB/SmolLM2-135M")
     assert "axon-tiny" in caught.value.hint
+
+
+def test_weights_are_downloaded_from_the_hub_only_where_they_are_wanted(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked = []
+
+    def download(repo: str, allow_patterns: list[str]) -> str:
+        asked.append(
+            {name for name in ("model-1-of-2.safetensors", *NAMES) if any(map(PurePath(name).match, allow_patterns))}
+        )
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert locate("org/name") == locate("org/name", weights=False) == tmp_path
+    assert asked == [{"model-1-of-2.safetensors", *NAMES}, set(NAMES)]
+
+
+def test_a_hub_model_whose_headers_cannot_be_read_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ModelNotFound, match="cannot be downloaded"):
+        hub_headers("HuggingFaceTB/SmolLM2-135M")
+
+    def refuse(repo: str) -> None:
+        raise NotASafetensorsRepoError(repo)
+
+    monkeypatch.setattr("huggingface_hub.get_safetensors_metadata", refuse)
+    with pytest.raises(CheckpointError, match=r"org/name holds no model\.safetensors"):
+        hub_headers("org/name")
+
+
+def test_a_folder_that_is_spelled_like_a_hub_id_is_a_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert is_hub_id("org/name")
+    (tmp_path / "org" / "name").mkdir(parents=True)
+    assert not is_hub_id("org/name")
+
+
+def test_of_the_local_cache_only_models_with_weights_are_said_to_be_here(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("huggingface_hub.scan_cache_dir", partial(scan_cache_dir, tmp_path / "hub"))
+    for repo, name in (("whole", "model.safetensors"), ("looked-at", "config.json")):
+        snapshot = tmp_path / "hub" / f"models--org--{repo}" / "snapshots" / "1"
+        snapshot.mkdir(parents=True)
+        (snapshot / name).touch()
+    assert available() == ["axon-tiny", "org/whole"]
 
 
 def test_a_folder_without_a_config_and_a_file_are_told_apart(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ from axon_llm.fast.gpu.words import from_words, to_words
 from axon_llm.fast.int4 import Int4Linear, Int4WeightLinear, pack
 from axon_llm.fast.int8 import Int8Linear, Int8WeightLinear, quantise_rows
 from axon_llm.fast.packed import load_packed, write_packed
-from axon_llm.fast.plan import choose
+from axon_llm.fast.plan import Plan, choose
 from axon_llm.fast.quantise import dequantise_int4, dequantise_int8, quantise_int4, quantise_int8
 from axon_llm.fast.strips import StripLinear
 from axon_llm.model import Transformer
@@ -75,7 +77,7 @@ def test_the_int8_kernel_computes_the_product_of_the_rounded_numbers() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 3, 200])
-@pytest.mark.parametrize("n", [128, 96])
+@pytest.mark.parametrize("n", [128, 96, 98])
 def test_the_int4_kernel_of_pytorch_computes_the_product_with_the_rounded_weights(n: int, count: int) -> None:
     w, x = weights(n), torch.randn(count, 96, generator=torch.Generator().manual_seed(2)).bfloat16()
     values = quantise_int4(w)
@@ -117,6 +119,23 @@ def test_what_was_quantised_is_described_with_its_bytes() -> None:
     assert 0.25 < small["linear_bytes"] / large["linear_bytes"] < 0.36  # strips are filled up: 160 channels to 192
 
 
+@pytest.mark.parametrize("kernel", ["int4-strips", "int4"])
+def test_int4_takes_a_vocabulary_of_any_size(kernel: Literal["int4-strips", "int4"]) -> None:
+    """Groups run along the input channels; a chat model's added tokens make 32002 output channels of 32000."""
+    if kernel == "int4-strips" and not native.load():
+        pytest.skip("there are no kernels of our own here")
+    whole, odd = (replace(QWEN, vocab_size=size) for size in (3200, 3202))
+    model = random_model(odd)
+    smaller = random_model(whole)
+    smaller.load_state_dict({name: value[:3200] for name, value in model.state_dict().items()})
+    plan = Plan(kernel, True, "", "", 5)
+    exact, exact_smaller = (prefill_and_decode(each, torch.float32) for each in (model, smaller))
+    logits, fewer = (prefill_and_decode(accelerate(each, plan=plan), torch.float32) for each in (model, smaller))
+    assert relative(logits, exact) == pytest.approx(relative(fewer, exact_smaller), rel=0.02)
+    assert relative(logits[..., 3200:], exact[..., 3200:]) < 0.3
+    torch.testing.assert_close(logits[..., :3200], fewer)
+
+
 def test_int4_refuses_sizes_it_cannot_group() -> None:
     config = ModelConfig(
         vocab_size=96,
@@ -144,7 +163,7 @@ def test_a_compiled_quantised_step_gives_the_same_logits(quantize: str) -> None:
 
 
 RAW = {
-    "model_type": "qwen3", "vocab_size": 128, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2,
+    "model_type": "qwen3", "vocab_size": 130, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 64,
     "attention_bias": True, "sliding_window": None, "dtype": "float32",
 }  # fmt: skip
