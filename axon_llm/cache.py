@@ -118,6 +118,7 @@ class KVCache:
         keys, values = self.layer(layer)
         # Assignment by index, not scatter_: a compiled step then writes in place, where scatter_ copies the whole view.
         rows = torch.arange(len(positions), device=positions.device)[:, None]  # [B, 1]
+        # Two index tensors with a slice between them: PyTorch puts their dimensions [B, T] first, hence the transpose.
         keys[rows, :, positions] = k.transpose(1, 2).to(keys.dtype)  # [B, T, Hkv, D]
         values[rows, :, positions] = v.transpose(1, 2).to(values.dtype)
         return keys, values

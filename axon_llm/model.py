@@ -66,10 +66,10 @@ class Blocks(nn.ModuleList):
         Returns:
             ``[B, T, hidden]``.
         """
-        seen = positions  # [B, S]: which positions there are to look at
+        key_positions = positions  # [B, S]
         if cache is not None:
-            seen = torch.arange(cache.max_seq_len, device=positions.device)[None]  # [1, S]
-        masks = {window: visible(positions, seen, window) for window in set(self.windows)}
+            key_positions = torch.arange(cache.max_seq_len, device=positions.device)[None]  # [1, S]
+        masks = {window: causal_mask(positions, key_positions, window) for window in set(self.windows)}
         for block, window in zip(self, self.windows, strict=True):
             x = block(x, positions, rope, masks[window], cache)
         return x
@@ -121,17 +121,17 @@ class Transformer(nn.Module):
         return logits
 
 
-def visible(positions: Tensor, seen: Tensor, window: int | None) -> Tensor:
-    """The causal mask: a token sees itself and what came before it, at most ``window`` tokens in all.
+def causal_mask(query_positions: Tensor, key_positions: Tensor, window: int | None) -> Tensor:
+    """Which keys each query may look at: a token sees itself and what came before it, ``window`` tokens at most.
 
     Args:
-        positions: of the tokens that look, ``[B, T]``.
-        seen: of the tokens looked at, ``[B or 1, S]``.
+        query_positions: of the new tokens, ``[B, T]``.
+        key_positions: of the tokens that there are to look at, ``[B or 1, S]``.
         window: width of a sliding window (Mistral), or ``None``.
 
     Returns:
-        ``[B, 1, T, S]`` bool. It also hides what the cache holds beyond a sequence's end.
+        ``[B, 1, T, S]`` bool, True where a query may look. It also hides what the cache holds beyond a sequence's end.
     """
-    distance = positions[:, None, :, None] - seen[:, None, None, :]  # [B, 1, T, S]
+    distance = query_positions[:, None, :, None] - key_positions[:, None, None, :]  # [B, 1, T, S]
     mask = distance >= 0
     return mask if window is None else mask & (distance < window)

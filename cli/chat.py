@@ -52,7 +52,7 @@ def command(
     one message per line. /help lists the commands.
     """
     from axon_llm.engine.engine import Engine
-    from axon_llm.engine.speculate import DEFAULT_GUESSES
+    from axon_llm.engine.speculate import DEFAULT_DRAFTS
 
     from .conversation import Conversation
     from .loading import cache_length, load, sampling
@@ -74,7 +74,7 @@ def command(
     context = loaded.config.max_position_embeddings
     length = cache_length(2, min(context, MOST_POSITIONS) if max_seq_len is None else max_seq_len, context)
     engine = Engine(
-        loaded, tokenizer, max_seq_len=length, compile=compile, speculate=DEFAULT_GUESSES if speculate else 0
+        loaded, tokenizer, max_seq_len=length, compile=compile, speculate=DEFAULT_DRAFTS if speculate else 0
     )
     chat = Conversation(engine, params, system or "")
     if sys.stdin.isatty():

@@ -53,7 +53,7 @@ def command(
     once = max_tokens <= SHORT and not (compile or speculate)
     with made_to_stay():
         from axon_llm.engine.engine import Engine
-        from axon_llm.engine.speculate import DEFAULT_GUESSES
+        from axon_llm.engine.speculate import DEFAULT_DRAFTS
         from axon_llm.engine.uncached import generate_uncached
 
         from .loading import cache_length, load, sampling
@@ -74,7 +74,7 @@ def command(
     length = cache_length(len(tokens) + max_tokens, max_seq_len, loaded.config.max_position_embeddings)
     if cache:
         engine = Engine(
-            loaded, tokenizer, max_seq_len=length, compile=compile, speculate=DEFAULT_GUESSES if speculate else 0
+            loaded, tokenizer, max_seq_len=length, compile=compile, speculate=DEFAULT_DRAFTS if speculate else 0
         )
         events = engine.generate(tokens, params)
     else:

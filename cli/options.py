@@ -45,7 +45,7 @@ Speculate = Annotated[
     typer.Option(
         "--speculate/--no-speculate",
         envvar="AXON_SPECULATE",
-        help="Guess ahead from the text's own past and check the guesses in one pass; changes no answer.",
+        help="Draft tokens from the text's own past and verify them in one pass; changes no answer.",
     ),
 ]
 Seed = Annotated[int | None, typer.Option(envvar="AXON_SEED", help="The same seed gives the same tokens.")]

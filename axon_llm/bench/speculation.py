@@ -4,7 +4,7 @@ Two texts are generated with and without it, in turn: one that repeats what stoo
 model with random weights writes neither to order, so its output layer is replaced: the row of each token's successor is
 that token's embedding, so that the likeliest next token is the successor in a permutation that we choose. A short cycle
 is a text that repeats its prompt; one cycle through the whole vocabulary is a text that does not. The work per token is
-that of any model of the shape, and the engine knows nothing of the trick: it must find out that guessing pays.
+that of any model of the shape, and the engine knows nothing of the trick: it must find out that drafting pays.
 
 The tokens must be the same with and without; anything else is an error.
 """
@@ -25,7 +25,7 @@ from axon_llm.bench.hardware import environment
 from axon_llm.checkpoint import load
 from axon_llm.engine.engine import Engine
 from axon_llm.engine.params import SamplingParams
-from axon_llm.engine.speculate import DEFAULT_GUESSES
+from axon_llm.engine.speculate import DEFAULT_DRAFTS
 from axon_llm.fast.memory import prefer_huge_pages
 from axon_llm.fast.replace import accelerate
 from axon_llm.model import Transformer
@@ -71,8 +71,8 @@ def measure(
         model, tokenizer = load(name, dtype=dtype)
         model = accelerate(permuting(model, period), quantize)
         engines = [
-            Engine(model, tokenizer, max_seq_len=3 * PERIOD + tokens, speculate=guesses, compile=compile)
-            for guesses in (0, DEFAULT_GUESSES)
+            Engine(model, tokenizer, max_seq_len=3 * PERIOD + tokens, speculate=drafts, compile=compile)
+            for drafts in (0, DEFAULT_DRAFTS)
         ]
         prompt = [PERIOD + i % PERIOD for i in range(2 * PERIOD)] if period else list(range(2 * PERIOD))
         params = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)

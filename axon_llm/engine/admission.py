@@ -17,7 +17,7 @@ def slots_that_fit(config: ModelConfig, memory_bytes: int, *, max_seq_len: int, 
     return max(memory_bytes, 0) // KVCache.bytes_for(config, slots=1, max_seq_len=max_seq_len, dtype=dtype)
 
 
-def check(request: Request, vocab_size: int, max_seq_len: int, known: Container[str] = ()) -> None:
+def validate(request: Request, vocab_size: int, max_seq_len: int, known: Container[str] = ()) -> None:
     """Refuse a request that no amount of waiting would make possible.
 
     Args:

@@ -11,7 +11,7 @@ import time
 from axon_llm.engine.events import FinishReason, Request, Timings, TokenEvent, Usage
 from axon_llm.engine.sampling import Sampled
 from axon_llm.engine.slots import Slot
-from axon_llm.engine.speculate import Guesser
+from axon_llm.engine.speculate import Drafter
 from axon_llm.engine.stop import TextStream
 
 
@@ -30,7 +30,7 @@ class Completion:
         decoding: its prompt has been prefilled; it takes part in decode steps.
         cached_tokens: prompt tokens that the slot held already.
         cancelled: somebody asked for its end.
-        guesser: guesses its next tokens, where the engine speculates.
+        drafter: drafts its next tokens, where the engine speculates.
         finish_reason: why it ended; ``None`` while it lives.
     """
 
@@ -41,7 +41,7 @@ class Completion:
         self.decoding = False
         self.cached_tokens = 0
         self.cancelled = False
-        self.guesser: Guesser | None = None
+        self.drafter: Drafter | None = None
         self.finish_reason: FinishReason | None = None
         self._text, self._stop_tokens = text, stop_tokens
         self._started_at: float | None = None

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from axon_llm.cache import KVCache
-from axon_llm.engine.admission import check
+from axon_llm.engine.admission import validate
 from axon_llm.engine.completion import Completion
 from axon_llm.engine.events import Request, TokenEvent
 from axon_llm.engine.iteration import Iteration
@@ -24,6 +24,7 @@ from axon_llm.engine.scheduler import Scheduler
 from axon_llm.engine.slots import SlotTable
 from axon_llm.engine.stats import EngineStats
 from axon_llm.engine.stop import TextStream
+from axon_llm.errors import UsageError
 from axon_llm.model import Transformer
 from axon_llm.tokenizer import StreamDecoder, Tokenizer
 
@@ -41,13 +42,16 @@ class Engine:
         prefill_chunk: prompt tokens per step while nobody is decoding; sized to the device when omitted.
         interleave_chunk: prompt tokens per step while somebody is: bounds what a new prompt delays others by. A quarter
             of what the device's size asks for when omitted.
-        speculate: guess this many tokens ahead while one sequence decodes alone, and check them in one pass; 0 for not.
-            Changes no answer.
+        speculate: draft this many tokens ahead while one sequence decodes alone, and verify them in one pass; 0 for
+            not. Changes no answer.
 
     Attributes:
         model: as given.
         tokenizer: as given.
         runner: the model's steps and the cache.
+
+    Raises:
+        UsageError: ``max_seq_len`` is not positive, or above the model's own limit.
     """
 
     def __init__(
@@ -64,7 +68,10 @@ class Engine:
         speculate: int = 0,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
-        max_seq_len = min(max_seq_len or model.config.max_position_embeddings, model.config.max_position_embeddings)
+        limit = model.config.max_position_embeddings
+        max_seq_len = limit if max_seq_len is None else max_seq_len
+        if not 1 <= max_seq_len <= limit:
+            raise UsageError(f"max_seq_len must be from 1 to {limit}, the model's context, not {max_seq_len}")
         self.runner = Runner(
             model,
             slots=slots,
@@ -72,7 +79,7 @@ class Engine:
             dtype=cache_dtype,
             prefill_chunk=prefill_chunk,
             compile=compile,
-            checked=1 + speculate if speculate else 0,
+            max_drafts=speculate,
         )
         sampler = Sampler(slots, model.config.vocab_size, self.runner.device, likeliest_of(model))
         scheduler = Scheduler(
@@ -101,7 +108,7 @@ class Engine:
         Raises:
             RequestError: it can never be served; nothing was changed.
         """
-        self._check(request)
+        self._validate(request)
         params = request.params
         seed = secrets.randbits(63) if params.seed is None else params.seed
         stop_tokens = frozenset(params.stop_token_ids)
@@ -165,7 +172,7 @@ class Engine:
             generated=tuple(generated),
             deadline_unix_s=deadline_unix_s,
         )
-        self._check(request)
+        self._validate(request)
         return self._follow(request)
 
     def warm_up(self, longest: int | None = None, progress: Callable[[int, int], None] | None = None) -> None:
@@ -181,8 +188,8 @@ class Engine:
         """What the engine holds now, and has done so far."""
         return EngineStats.of(self._iteration.scheduler, self.runner.cache, self._iteration.counters)
 
-    def _check(self, request: Request) -> None:
-        check(request, self.model.config.vocab_size, self.max_seq_len, known=self._iteration.sequences)
+    def _validate(self, request: Request) -> None:
+        validate(request, self.model.config.vocab_size, self.max_seq_len, known=self._iteration.sequences)
 
     def _advance(self) -> None:
         for event in self._iteration.run():

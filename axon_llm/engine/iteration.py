@@ -17,7 +17,7 @@ from axon_llm.engine.events import FinishReason, TokenEvent
 from axon_llm.engine.runner import Runner
 from axon_llm.engine.sampling import Sampled, Sampler
 from axon_llm.engine.scheduler import Scheduler
-from axon_llm.engine.speculate import Guesser
+from axon_llm.engine.speculate import Drafter
 
 
 class Iteration:
@@ -27,7 +27,7 @@ class Iteration:
         runner: the model's steps and the cache.
         sampler: with as many slots.
         scheduler: over the same slots.
-        speculate: tokens to guess ahead while a single sequence decodes; 0 for none (see ``speculate.py``).
+        speculate: tokens to draft ahead while a single sequence decodes; 0 for none (see ``speculate.py``).
 
     Attributes:
         scheduler: as given.
@@ -80,8 +80,8 @@ class Iteration:
         self.counters["decode_steps"] += 1
         if self._speculate and len(batch.members) == 1:
             sequence = batch.members[0][1]
-            if guesses := self._guess(sequence):
-                yield from self._check(sequence, guesses)
+            if drafts := self._draft(sequence):
+                yield from self._verify(sequence, drafts)
                 return
         logits = self._runner.decode(batch.tokens, batch.positions, batch.length)
         for row, sequence in batch.members:
@@ -89,36 +89,36 @@ class Iteration:
             sequence.slot.tokens[batch.positions[row] :] = [batch.tokens[row]]
         yield from self._hand_out(self._sampler.sample(logits, self._runner.next_positions), batch.members)
 
-    def _guess(self, sequence: Completion) -> list[int]:
-        """Guesses for a sequence that decodes alone, no more than it and its slot have room for."""
-        if sequence.guesser is None:
-            sequence.guesser = Guesser(sequence.tokens, self._speculate)
+    def _draft(self, sequence: Completion) -> list[int]:
+        """Drafts for a sequence that decodes alone, no more than it and its slot have room for."""
+        if sequence.drafter is None:
+            sequence.drafter = Drafter(sequence.tokens, self._speculate)
         left = sequence.request.params.max_tokens - sequence.count - 1
         room = self._runner.cache.max_seq_len - len(sequence.tokens)
-        return sequence.guesser.guess(sequence.tokens, min(left, room))
+        return sequence.drafter.draft(sequence.tokens, min(left, room))
 
-    def _check(self, sequence: Completion, guesses: list[int]) -> Iterator[TokenEvent]:
-        """Run the newest token and the guesses in one pass, and choose at each position for as long as guesses hold."""
-        slot, guesser, sampler = sequence.slot, sequence.guesser, self._sampler
+    def _verify(self, sequence: Completion, drafts: list[int]) -> Iterator[TokenEvent]:
+        """Run the newest token and the drafts in one pass, and choose at each position for as long as drafts hold."""
+        slot, drafter, sampler = sequence.slot, sequence.drafter, self._sampler
         assert slot is not None
-        assert guesser is not None
-        start, right = len(sequence.tokens) - 1, 0
-        tokens = [*sequence.tokens, *guesses]
-        logits = self._runner.check(slot.index, tokens, start)  # [1 + guesses, V]
+        assert drafter is not None
+        start, accepted = len(sequence.tokens) - 1, 0
+        tokens = [*sequence.tokens, *drafts]
+        logits = self._runner.verify(slot.index, tokens, start)  # [1 + drafts, V]
         at = self._runner.next_positions
-        self.counters["guessed_tokens"] += len(guesses)
+        self.counters["draft_tokens"] += len(drafts)
         # All at once, unless what is chosen at one position changes how the next is chosen.
         chosen = None if sampler.remembers(slot.index) else sampler.sample(logits, at, slot.index, ahead=True)
-        for index in range(len(guesses) + 1):
+        for index in range(len(drafts) + 1):
             slot.tokens[start + index :] = [tokens[start + index]]
             here = slice(index, index + 1)
             sampled = sampler.sample(logits[here], at[here], slot.index) if chosen is None else chosen
             yield from self._hand_out(sampled, [(0 if chosen is None else index, sequence)])
-            if sequence.finish_reason or index == len(guesses) or sequence.tokens[-1] != guesses[index]:
+            if sequence.finish_reason or index == len(drafts) or sequence.tokens[-1] != drafts[index]:
                 break
-            right += 1
-        self.counters["accepted_tokens"] += right
-        guesser.learn(len(guesses), right)
+            accepted += 1
+        self.counters["accepted_tokens"] += accepted
+        drafter.record(len(drafts), accepted)
 
     def _prefill(self) -> Iterator[TokenEvent]:
         for sequence, start, end in self.scheduler.chunks():

@@ -1,8 +1,8 @@
-"""Guessing the next tokens from the sequence's own past (prompt-lookup decoding, Saxena, 2023).
+"""Drafting the next tokens from the sequence's own past (prompt-lookup decoding, Saxena, 2023).
 
 Summaries, edits and code repeat what they were given. So: find the last place where the sequence's newest few tokens
-occurred before, and guess that what followed then follows now. No second model, a dictionary look-up per token. The
-guesses are worth nothing by themselves; ``speculate.py`` has the target model check them all in one pass.
+occurred before, and draft what followed then. No second model, a dictionary look-up per token. The drafts are worth
+nothing by themselves; ``speculate.py`` has the target model verify them all in one pass.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ class PromptLookup:
     Args:
         tokens: the sequence so far.
         longest: the longest match that is tried.
-        shortest: the shortest match that is believed; below it, nothing is guessed.
+        shortest: the shortest match that is believed; below it, nothing is drafted.
     """
 
     def __init__(self, tokens: Iterable[int] = (), *, longest: int = 4, shortest: int = 2) -> None:
@@ -35,10 +35,10 @@ class PromptLookup:
                 self._after[tuple(self.tokens[end - size : end])] = end
         self.tokens.append(token)
 
-    def guess(self, count: int) -> list[int]:
+    def draft(self, count: int) -> list[int]:
         """Up to ``count`` tokens that followed the latest earlier occurrence of the newest n-gram, longest n first.
 
-        Where the earlier occurrence runs into the present (a loop), the guess goes on through its own tokens.
+        Where the earlier occurrence runs into the present (a loop), the draft goes on through its own tokens.
         """
         end = len(self.tokens)
         for size in self._sizes:

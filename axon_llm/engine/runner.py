@@ -52,7 +52,8 @@ class Runner:
         prefill_chunk: the largest prefill chunk in tokens; sized to the device when omitted.
         compile: compile the decode step.
         capture: capture the decode step as a CUDA graph; by default where the device is a GPU, compiled or not.
-        checked: tokens that ``check`` is given at most; where steps are captured it is captured for that many too.
+        max_drafts: drafts that ``verify`` is given at most; where steps are captured, it is captured for that many and
+            the newest token.
 
     Attributes:
         cache: the KV cache.
@@ -73,7 +74,7 @@ class Runner:
         prefill_chunk: int | None = None,
         compile: bool = False,
         capture: bool | None = None,
-        checked: int = 0,
+        max_drafts: int = 0,
     ) -> None:
         weight = model.embed_tokens.weight
         self.model, self.device = model, weight.device
@@ -82,7 +83,7 @@ class Runner:
         )
         self.compiled = compile
         self.captured = self.device.type == "cuda" if capture is None else capture
-        self._checked = checked if self.captured else 0
+        self._verify_size = 1 + max_drafts if max_drafts and self.captured else 0
         self._graph_pool: Any = torch.cuda.graph_pool_handle() if self.captured else None
         self._steps: dict[tuple[int, int, int], Step] = {}  # by rows, tokens and length
         self._inputs: dict[tuple[int, int], Inputs] = {}  # by rows and tokens
@@ -120,16 +121,21 @@ class Runner:
         return self._run_chunk(slot, [*tokens[start:end], *[0] * (size - (end - start))], start, last)[0]
 
     @torch.inference_mode()
-    def check(self, slot: int, tokens: Sequence[int], start: int) -> Tensor:
-        """Run the tokens from position ``start`` on through the model, into their slot; logits of every position.
+    def verify(self, slot: int, tokens: Sequence[int], start: int) -> Tensor:
+        """Run a sequence's newest token and the drafts after it through the model, into its slot, in one pass.
 
         Where steps are captured and the slot is the first, this one is too, for always the same number of tokens:
         padded as a prefill is, or begun earlier.
 
+        Args:
+            slot: which.
+            tokens: the whole sequence, drafts included; positions below ``start`` are in the cache already.
+            start: position of the newest token.
+
         Returns:
-            Logits ``[len(tokens) - start, V]`` float32, valid until the next call.
+            Logits of every position from ``start`` on, ``[len(tokens) - start, V]`` float32, valid until the next call.
         """
-        first, size = min(start, self.cache.max_seq_len - self._checked), self._checked
+        first, size = min(start, self.cache.max_seq_len - self._verify_size), self._verify_size
         if slot or first < 0 or len(tokens) - start > size:
             self.next_positions = torch.arange(start + 1, len(tokens) + 1, device=self.device)
             return self._run_chunk(slot, tokens[start:], start, None)[0]
@@ -233,8 +239,8 @@ class Runner:
             self.prefill(0, [0] * end, start, end)
         lengths = [length for length in self.buckets.lengths.values if length <= longest]
         shapes = [(rows, 1, length) for length in lengths for rows in self.buckets.rows.values]
-        if self._checked:
-            shapes += [(1, self._checked, length) for length in lengths if length >= self._checked]
+        if self._verify_size:
+            shapes += [(1, self._verify_size, length) for length in lengths if length >= self._verify_size]
         if not self._static:  # one shape warms them all
             shapes = shapes[:1]
         for done, (rows, count, length) in enumerate(shapes, 1):

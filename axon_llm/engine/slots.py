@@ -81,26 +81,32 @@ class SlotTable:
         Returns:
             The slot and how many of the tokens it holds already; ``None`` when every slot is busy.
         """
+        # Where it will sit: the lowest free slot.
         free = [slot for slot in self.slots if not slot.busy]
         if not free:
             return None
         target = free[0]
+        # Who remembers most of it, if more than the target does and enough to be worth moving.
         wanted = list(tokens[:-1])
         reused = {slot.index: common_prefix(slot.tokens, wanted) if slot.scope == scope else 0 for slot in self.slots}
         source = max(self.slots, key=lambda slot: (reused[slot.index], slot is target, not slot.busy))
         if reused[source.index] < max(MIN_MOVED, reused[target.index] + 1):
             source = target
+        # A free one changes places with the target: nothing is forgotten.
         length = reused[source.index]
         if source is not target and not source.busy:
             self._exchange(source, target)
             source = target
+        # What the target holds beyond that is kept instead of what was used longest ago.
         lost = len(target.tokens) - (length if source is target else 0)
         oldest = min(free, key=lambda slot: (bool(slot.tokens), slot.used))
         if lost >= MIN_MOVED and oldest is not target:
             self._copy(target, oldest, len(target.tokens))
             oldest.used = target.used
+        # A busy one keeps its own, so the part in common is copied.
         if source is not target:
             self._copy(source, target, length)
+        # The rest of the slot is the new sequence's to write.
         del target.tokens[length:]
         target.busy, target.scope = True, scope
         return target, length
@@ -124,10 +130,15 @@ class SlotTable:
         slot.tokens.clear()
 
     def parked(self, slot: Slot, length: int) -> tuple[int, int]:
-        """What a slot that takes no part in a decode step is to compute, harmlessly, with the others.
+        """A dummy token and position for a row of the decode batch that is not decoding.
 
-        Right after its tokens, anything: nobody looks there. If the step does not read that far (``length`` positions),
-        its own token at the last position that is read, again.
+        The step computes all rows, so an idle row must not damage the keys and values it keeps. If it has room below
+        ``length``, the token goes right after its last one, where the next real token overwrites it. Otherwise it
+        computes its own token at ``length - 1`` again, which writes the same values up to rounding.
+
+        Args:
+            slot: of the idle row.
+            length: positions that the dummy has to stay below.
 
         Returns:
             A token and its position.

@@ -26,7 +26,7 @@ class EngineStats:
         prompt_tokens: prompt tokens of all requests that got a slot so far.
         cached_tokens: of those, tokens that a slot still held.
         generated_tokens: tokens chosen so far.
-        guessed_tokens: tokens guessed ahead so far.
+        draft_tokens: tokens drafted ahead so far.
         accepted_tokens: of those, tokens that were then chosen.
         finished: requests ended so far, by finish reason.
     """
@@ -43,7 +43,7 @@ class EngineStats:
     prompt_tokens: int
     cached_tokens: int
     generated_tokens: int
-    guessed_tokens: int
+    draft_tokens: int
     accepted_tokens: int
     finished: Mapping[str, int]
 
@@ -65,7 +65,7 @@ class EngineStats:
             prompt_tokens=counters.get("prompt_tokens", 0),
             cached_tokens=counters.get("cached_tokens", 0),
             generated_tokens=counters.get("generated_tokens", 0),
-            guessed_tokens=counters.get("guessed_tokens", 0),
+            draft_tokens=counters.get("draft_tokens", 0),
             accepted_tokens=counters.get("accepted_tokens", 0),
             finished={
                 reason: counters.get(f"finished_{reason}", 0) for reason in ("stop", "length", "cancelled", "error")

@@ -87,6 +87,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """
     B, Hq, T, D = q.shape
     Hkv, G = k.shape[1], Hq // k.shape[1]
-    folded = q.reshape(B, Hkv, G * T, D)  # heads h·G … h·G+G-1 share KV head h
-    out = F.scaled_dot_product_attention(folded, k.to(q.dtype), v.to(q.dtype), attn_mask=mask.repeat(1, 1, G, 1))
+    # Query heads h·G … h·G+G-1 share KV head h.
+    folded = q.reshape(B, Hkv, G * T, D)  # [B, Hkv, G·T, D]: row g·T + t is token t of the group's query head g
+    repeated = mask.repeat(1, 1, G, 1)  # [B, 1, G·T, S]: the same T rows for each head of the group
+    out = F.scaled_dot_product_attention(folded, k.to(q.dtype), v.to(q.dtype), attn_mask=repeated)
     return out.reshape(B, Hq, T, D)

@@ -20,7 +20,7 @@ from axon_llm.fast.quantise import dequantise_int4, dequantise_int8, quantise_in
 from axon_llm.fast.replace import build
 from axon_llm.layers.attention import attend
 from axon_llm.layers.rope import rotate
-from axon_llm.model import Transformer, visible
+from axon_llm.model import Transformer, causal_mask
 
 CONFIG = ModelConfig(
     vocab_size=96,
@@ -139,7 +139,7 @@ def test_attention_is_that_of_the_readable_path(
         keys, values = torch.randn(2, B + 2, Hkv, 1024, D, device="cuda").to(dtype)[:, :B, :, :1000].unbind(0)
         at = start + torch.arange(T, device="cuda").expand(B, T) + torch.arange(B, device="cuda")[:, None]
         y = torch.ops.axon.gpu_attention(q, keys, values, at, window)
-        mask = visible(at, torch.arange(1000, device="cuda")[None], window or None)
+        mask = causal_mask(at, torch.arange(1000, device="cuda")[None], window or None)
         exact = attend(*(each.double() for each in (q.transpose(1, 2), keys, values)), mask).transpose(1, 2)
         assert float((y.double() - exact).norm() / exact.norm()) < {torch.bfloat16: 1e-2, torch.float32: 1e-5}[dtype]
 
@@ -162,7 +162,7 @@ def test_a_step_of_attention_is_the_readable_paths(
         rows = torch.arange(B, device="cuda")
         k[rows, :, positions[:, 0]] = turned[:, G * Hkv :, 0].to(dtype).double()
         v[rows, :, positions[:, 0]] = heads[:, 0, (G + 1) * Hkv :].double()
-        mask = visible(positions, torch.arange(S, device="cuda")[None], window or None)
+        mask = causal_mask(positions, torch.arange(S, device="cuda")[None], window or None)
         exact = attend(turned[:, : G * Hkv], k, v, mask).transpose(1, 2)
         y = torch.ops.axon.gpu_step(heads, None, None, 0.0, cos, sin, positions, keys, values, window)
         tolerance = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 1e-5}[dtype]

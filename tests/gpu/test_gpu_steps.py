@@ -117,7 +117,7 @@ def test_speculation_changes_no_token(temperature: float, fast: bool) -> None:
     prompt = [97, 98, 99, 100] * 10
     params = SamplingParams(max_tokens=80, temperature=temperature, seed=2, ignore_eos=True, logit_bias={97: 12.0})
     model = models(fast)[1]
-    plain, fast = (tiny_engine(model, slots=1, speculate=guesses) for guesses in (0, 7))
+    plain, fast = (tiny_engine(model, slots=1, speculate=drafts) for drafts in (0, 7))
     assert tokens_of(fast.generate(prompt, params)) == tokens_of(plain.generate(prompt, params))
     assert fast.stats().accepted_tokens > 0
 

@@ -12,7 +12,7 @@ from tiny import CONFIG, EOS, drain, plain_greedy, submit, text_of, tiny_engine,
 from axon_llm.cache import KVCache
 from axon_llm.engine.admission import slots_that_fit
 from axon_llm.engine.params import SamplingParams
-from axon_llm.errors import RequestError
+from axon_llm.errors import RequestError, UsageError
 
 GREEDY = {"temperature": 0.0, "ignore_eos": True}
 
@@ -270,6 +270,13 @@ def test_what_can_never_fit_is_refused_with_the_numbers() -> None:
     assert all(number in caught.value.message for number in ("100", "101", "60", "41"))
     assert "40" in caught.value.hint
     list(engine.generate(prompt_of(60), SamplingParams(max_tokens=40)))
+
+
+@pytest.mark.parametrize("asked", [-1, 0, 321])
+def test_a_cache_longer_than_the_models_context_is_refused_with_both_lengths(asked: int) -> None:
+    with pytest.raises(UsageError, match=rf"from 1 to 320, .*not {asked}"):
+        tiny_engine(max_seq_len=asked)
+    assert tiny_engine(max_seq_len=320).max_seq_len == tiny_engine().max_seq_len == 320
 
 
 @pytest.mark.parametrize(

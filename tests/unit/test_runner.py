@@ -248,7 +248,7 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
 @pytest.mark.parametrize("repetition_penalty", [1.0, 1.2])
-def test_a_captured_check_has_one_shape_and_changes_no_token(
+def test_a_captured_verification_has_one_shape_and_changes_no_token(
     captured: list[tuple[int, ...]], temperature: float, repetition_penalty: float
 ) -> None:
     prompt = [97, 98, 99, 100] * 10
@@ -264,7 +264,7 @@ def test_a_captured_check_has_one_shape_and_changes_no_token(
         plain = tiny_engine(slots=2, max_seq_len=room)
         fast = tiny_engine(slots=2, max_seq_len=room, speculate=7)
         assert tokens_of(fast.generate(prompt, params)) == tokens_of(plain.generate(prompt, params))
-        assert fast.stats().guessed_tokens > 0
+        assert fast.stats().draft_tokens > 0
     assert set(captured) == {(1, 1), (1, 8)}
 
 

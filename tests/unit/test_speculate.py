@@ -10,7 +10,7 @@ from tiny import ByteTokenizer, tiny_model
 from axon_llm.engine.engine import Engine
 from axon_llm.engine.events import TokenEvent
 from axon_llm.engine.params import SamplingParams
-from axon_llm.engine.speculate import LONGEST_PAUSE, Guesser
+from axon_llm.engine.speculate import LONGEST_PAUSE, Drafter
 
 REPETITIVE = list(b"the cat sat. the cat sat. the cat sat. the cat")
 
@@ -44,7 +44,7 @@ def test_tokens_and_text_are_those_without_speculation(temperature: float) -> No
         assert got[-1].usage.completion_tokens == len(got)
 
 
-def test_right_guesses_save_passes() -> None:
+def test_accepted_drafts_save_passes() -> None:
     engine = Engine(tiny_model(), ByteTokenizer(), max_seq_len=300, speculate=7)
     always_the_same = SamplingParams(max_tokens=200, temperature=0.0, ignore_eos=True, logit_bias={65: 1000.0})
     events = run(engine, REPETITIVE, always_the_same)
@@ -72,28 +72,28 @@ def test_what_a_slot_remembers_after_speculation_is_right() -> None:
     assert [e.token for e in again] == [e.token for e in run(plain, follow_up, params)]
 
 
-def test_several_sequences_at_once_are_decoded_without_guesses() -> None:
+def test_several_sequences_at_once_are_decoded_without_drafts() -> None:
     engine = Engine(tiny_model(), ByteTokenizer(), slots=2, max_seq_len=200, speculate=7)
     params = SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True)
     streams = [engine.generate(REPETITIVE, params), engine.generate(REPETITIVE[::-1], params)]
     for _ in range(20):
         for stream in streams:
             next(stream)
-    assert engine.stats().guessed_tokens == 0
+    assert engine.stats().draft_tokens == 0
 
 
-def test_wrong_guesses_make_the_guesser_wait_ever_longer_and_a_right_one_ends_that() -> None:
-    guesser = Guesser([1, 2, 3, 1, 2], 4)
+def test_rejected_drafts_make_the_drafter_wait_ever_longer_and_accepted_ones_end_that() -> None:
+    drafter = Drafter([1, 2, 3, 1, 2], 4)
     tokens = [1, 2, 3, 1, 2]
     waits = []
     for _ in range(9):
-        assert guesser.guess(tokens, 10)
-        guesser.learn(4, 0)
+        assert drafter.draft(tokens, 10)
+        drafter.record(4, 0)
         wait = 0
-        while not guesser.guess(tokens, 10):
+        while not drafter.draft(tokens, 10):
             wait += 1
         waits.append(wait)
     assert waits[:4] == [1, 2, 4, 8]
     assert max(waits) == LONGEST_PAUSE
-    guesser.learn(4, 3)
-    assert guesser.guess(tokens, 10)
+    drafter.record(4, 3)
+    assert drafter.draft(tokens, 10)

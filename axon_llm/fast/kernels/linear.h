@@ -12,8 +12,8 @@ namespace {
 // Rows from which int4 weights are widened to bfloat16 for the matrix unit; activations need no rounding then.
 constexpr int64_t WIDENED_ROWS = 64;
 // Rows up to which a weight as it lies in a checkpoint is multiplied where it lies; for more it is laid in strips. So
-// many sum up in the same order, and a pass that checks guesses finds what one row would. With 8 rows Zen 4 reads at 11
-// to 13 GB/s, for activations are as large as the nearest cache; laid in strips at 18 to 20.
+// many sum up in the same order, and a pass that verifies drafts finds what one row would. With 8 rows Zen 4 reads at
+// 11 to 13 GB/s, for activations are as large as the nearest cache; laid in strips at 18 to 20.
 constexpr int64_t STORED_ROWS = HELD ? 8 : 2;
 // What is taken together of many rows: strips, and blocks of each.
 constexpr int64_t MANY_STRIPS = 8, MANY_BLOCKS = 32;
