@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import codecs
 import json
-import re
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +19,19 @@ import tokenizers
 
 from axon_llm.chat_template import ChatTemplate
 from axon_llm.errors import RequestError, TokenizerError
+from axon_llm.reserved_tokens import ReservedTokens, as_special, template_marks, without_tags
 from axon_llm.token_bytes import BYTE_OF_CHARACTER, TokenBytes
 
 _SPECIAL_NAMES = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
-_PRIVATE_USE = range(
-    0xF0000, 0xFFFFE
-)  # characters without a meaning: those that a conversation lacks can stand for tokens
-_MARKER = re.compile(r"[<\[{].+[>\]}]\Z", re.DOTALL)  # <｜User｜>, [INST]: nothing that somebody would say
+# Characters without a meaning: those that a conversation lacks can stand for tokens.
+_PRIVATE_USE = range(0xF0000, 0xFFFFE)
 
 
 class Tokenizer:
     """The tokenizer of one checkpoint.
 
     Args:
-        backend: the tokenizers library's object.
+        backend: the tokenizers library's object, which is changed and must not be shared.
         settings: the contents of ``tokenizer_config.json``.
         chat_template: Jinja source, where the checkpoint has one.
         eos_token_ids: tokens that end a sequence, besides the settings' own.
@@ -66,16 +64,13 @@ class Tokenizer:
         self.generation_defaults: dict[str, float] = {}
         self._add_bos = bool(settings.get("add_bos_token")) and self.bos_token_id is not None
         self._template = None if chat_template is None else ChatTemplate(chat_template, names)
-        # Some models mark roles with added tokens that are not special. To the backend they are from here on, so that
-        # it can read them as text; in an answer they show.
-        marks = {
-            i: token
-            for i, token in self._added.items()
-            if i not in self.special_ids and _MARKER.match(token.content) and token.content in (chat_template or "")
-        }
-        backend.add_special_tokens(list(map(_as_special, marks.values())))
-        self._special = _Reserved({self._added[i].content: i for i in self.special_ids})
-        self._reserved = _Reserved({self._added[i].content: i for i in (*self.special_ids, *marks)})
+        # To the backend the template's marks are special from here on, so that it can read them as text; in an answer
+        # they show.
+        marks = template_marks(self._added, chat_template or "")
+        backend.add_special_tokens(list(map(as_special, marks.values())))
+        special = {i: self._added[i] for i in self.special_ids}
+        self._reserved = ReservedTokens({**special, **marks})
+        self._unsayable = ReservedTokens({**special, **without_tags(marks, self._added)})
         self._spaces = [part for part in _parts_of(backend.pre_tokenizer) if _begins_with_space(part)]
         self._bytes = TokenBytes(backend, frozenset(self._added))
 
@@ -196,8 +191,8 @@ class Tokenizer:
         """Token ids of a conversation. Special tokens come from the template alone, never from what messages say.
 
         Where a message holds the text of one, a private-use character stands for it while the template is rendered, so
-        that it can be told from the template's own. Tokens that only mark places in the template are an assistant's to
-        say, too: ``<think>``.
+        that it can be told from the template's own. Tags that open and close, such as ``<think>``, are the assistant's
+        to say, too: templates look for them in what it said.
 
         Args:
             messages: each with ``role`` and ``content``, as in OpenAI's interface.
@@ -207,7 +202,7 @@ class Tokenizer:
             TokenizerError: no chat template, or it fails.
             RequestError: the template refuses the conversation, or a text cannot be UTF-8.
         """
-        kept = [self._special if message.get("role") == "assistant" else self._reserved for message in messages]
+        kept = [self._unsayable if message.get("role") == "assistant" else self._reserved for message in messages]
         said = {
             text
             for message, reserved in zip(messages, kept, strict=True)
@@ -345,46 +340,6 @@ def _map_texts(value: Any, change: Any) -> Any:
     if isinstance(value, Sequence):
         return [_map_texts(item, change) for item in value]
     return value
-
-
-class _Reserved:
-    """Tokens that a text may name, and must not thereby become.
-
-    Args:
-        ids: of their texts.
-    """
-
-    def __init__(self, ids: Mapping[str, int]) -> None:
-        self._ids = dict(ids)
-        longest_first = sorted(self._ids, key=len, reverse=True)
-        self._pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")  # or what is nowhere
-
-    def found_in(self, text: str) -> list[str]:
-        """Those that a text names."""
-        return self._pattern.findall(text)
-
-    def replaced(self, text: str, by: Mapping[str, str]) -> str:
-        """A text with others in their place."""
-        return self._pattern.sub(lambda match: by[match[0]], text)
-
-    def split(self, text: str) -> Iterator[tuple[str, int | None]]:
-        """The parts of a text, each with the token behind it; None behind the last."""
-        end = 0
-        for match in self._pattern.finditer(text):
-            yield text[end : match.start()], self._ids[match[0]]
-            end = match.end()
-        yield text[end:], None
-
-
-def _as_special(token: tokenizers.AddedToken) -> tokenizers.AddedToken:
-    return tokenizers.AddedToken(
-        token.content,
-        single_word=token.single_word,
-        lstrip=token.lstrip,
-        rstrip=token.rstrip,
-        normalized=token.normalized,
-        special=True,
-    )
 
 
 def _parts_of(step: Any) -> list[Any]:

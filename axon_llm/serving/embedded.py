@@ -155,7 +155,9 @@ class EmbeddedStore:
             record = self._jobs.get((ref.tenant, ref.job_id))
             return record.entries[after : after + limit] if record is not None else []
 
-    async def stream(self, ref: JobRef, after: int = 0, idle_s: float | None = None) -> AsyncIterator[LogEntry | None]:
+    async def stream(
+        self, ref: JobRef, after: int = 0, idle_s: float | None = None, deadline_unix_s: float | None = None
+    ) -> AsyncIterator[LogEntry | None]:
         """Yield the entries with ``seq > after`` as they come, each once and in order; see ``ports.JobStore``."""
         listener = _Listener(asyncio.get_running_loop(), asyncio.Event())
         key = (ref.tenant, ref.job_id)

@@ -104,8 +104,8 @@ class HeldJob:
             text, data = _spelling(event.token, spell)
         top = []
         for token, logprob in event.top_logprobs:
-            name, others = _spelling(token, spell)
-            top.append(TopLogprob(token=token, logprob=logprob, text=name, bytes=others))
+            name, own = _spelling(token, spell)
+            top.append(TopLogprob(token=token, logprob=logprob, text=name, bytes=own))
         self.entries.append(
             LogEntry(
                 seq=len(self.entries) + 1,

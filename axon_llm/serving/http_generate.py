@@ -50,13 +50,14 @@ async def generate(service: Service, request: Request, *, chat: bool) -> ASGIApp
         check_fits(generation, card)
     place = await service.place(tenant, generation.model)
     try:
-        ref, created_unix_s = await _submit(service, request, tenant, generation, idempotency_key, body)
+        submitted = await _submit(service, request, tenant, generation, idempotency_key, body)
     except StoreUnavailable as error:
         place.leave()
-        raise unavailable("The store cannot be reached; nothing was accepted.", STORE_RETRY_S) from error
+        raise unavailable("The store cannot be reached; try again.", STORE_RETRY_S) from error
     except BaseException:
         place.leave()
         raise
+    ref, created_unix_s, deadline_unix_s = submitted
     answer = Answer(ref.job_id, generation.model, created_unix_s, chat=chat, include_usage=generation.include_usage)
     keep = generation.on_disconnect == "continue" or (generation.on_disconnect is None and idempotency_key is not None)
     return JobAnswer(
@@ -66,6 +67,7 @@ async def generate(service: Service, request: Request, *, chat: bool) -> ASGIApp
         place,
         stream=generation.stream,
         on_gone=None if keep else lambda: service.spawn(service.cancel(ref)),
+        deadline_unix_s=deadline_unix_s,
     )
 
 
@@ -96,8 +98,12 @@ async def _submit(
     generation: Generation,
     idempotency_key: str | None,
     body: dict[str, Any],
-) -> tuple[JobRef, float]:
-    """Stores and publishes the job, or finds the one an earlier request with the same key made."""
+) -> tuple[JobRef, float, float]:
+    """Stores and publishes the job, or finds the one an earlier request with the same key made.
+
+    Returns:
+        Where it lives, when it was made and its deadline, in seconds since 1970.
+    """
     job_id = (CHAT_PREFIX if generation.chat else TEXT_PREFIX) + secrets.token_hex(16)
     if idempotency_key is not None:
         try:
@@ -110,7 +116,7 @@ async def _submit(
         if not reservation.fresh:
             try:
                 status = await service.store.status(await service.store.find(tenant, job_id))
-                return status.ref, status.created_at_unix_s
+                return status.ref, status.created_at_unix_s, status.deadline_unix_s
             except JobNotFound:
                 pass  # Reserved and never submitted: whoever reserved it died, or has not got there yet. Do it here.
     await _refuse_hopeless(service, generation.model)
@@ -127,7 +133,7 @@ async def _submit(
     if fresh:
         await _publish(service, job, tenant, idempotency_key)
     request.state.job_id = job_id
-    return job.ref, job.created_at_unix_s
+    return job.ref, job.created_at_unix_s, job.deadline_unix_s
 
 
 async def _publish(service: Service, job: Job, tenant: str, idempotency_key: str | None) -> None:

@@ -56,7 +56,17 @@ async def events(service: Service, request: Request) -> ASGIApp:
     )
     finished = status.terminal if after == status.next_seq - 1 else None
     place = await service.place(status.ref.tenant, status.model)
-    return JobAnswer(service, status.ref, answer, place, stream=True, after=after, with_ids=True, finished=finished)
+    return JobAnswer(
+        service,
+        status.ref,
+        answer,
+        place,
+        stream=True,
+        after=after,
+        with_ids=True,
+        finished=finished,
+        deadline_unix_s=status.deadline_unix_s,
+    )
 
 
 def _after(request: Request, status: JobStatus) -> int:

@@ -26,29 +26,31 @@ class StrictProtocol(H11Protocol):
 
     header_timeout_s = 10.0
     send_timeout_s = 60.0
-    _full_timer: asyncio.TimerHandle | None = None
+    _unread_timer: asyncio.TimerHandle | None = None
     _head_timer: asyncio.TimerHandle | None = None
     _head = b""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A head is expected from now on."""
         super().connection_made(transport)
+        transport.set_write_buffer_limits(high=0)  # to be told of everything that the client has not taken
         self._expect_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Nothing is expected any more."""
         self._stop_timer()
-        self._stop_full_timer()
+        self._stop_unread_timer()
         super().connection_lost(exc)
 
     def pause_writing(self) -> None:
-        """The client does not keep up. Closing would wait for it to take what is buffered; aborting does not."""
+        """The client has not taken all. It may be slow, but not stand still: closing would wait for it."""
         super().pause_writing()
-        self._full_timer = self.loop.call_later(self.send_timeout_s, self.transport.abort)
+        self._stop_unread_timer()
+        self._watch_unread()
 
     def resume_writing(self) -> None:
         """It has caught up."""
-        self._stop_full_timer()
+        self._stop_unread_timer()
         super().resume_writing()
 
     def data_received(self, data: bytes) -> None:
@@ -91,10 +93,21 @@ class StrictProtocol(H11Protocol):
             self._head_timer.cancel()
             self._head_timer = None
 
-    def _stop_full_timer(self) -> None:
-        if self._full_timer is not None:
-            self._full_timer.cancel()
-            self._full_timer = None
+    def _watch_unread(self) -> None:
+        unread = self.transport.get_write_buffer_size()
+
+        def look() -> None:
+            if self.transport.get_write_buffer_size() < unread:
+                self._watch_unread()
+            else:
+                self.transport.abort()
+
+        self._unread_timer = self.loop.call_later(self.send_timeout_s, look)
+
+    def _stop_unread_timer(self) -> None:
+        if self._unread_timer is not None:
+            self._unread_timer.cancel()
+            self._unread_timer = None
 
     def _give_up(self) -> None:
         self._head_timer = None

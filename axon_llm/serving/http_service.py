@@ -34,7 +34,7 @@ class Place:
         service.metrics.open_streams.inc()
 
     def leave(self) -> None:
-        """Makes room; once is enough."""
+        """Makes room. Idempotent."""
         if not self._taken:
             return
         self._taken = False
@@ -117,19 +117,20 @@ class Service:
             ref: the job.
             may_come: a command that stores it may still be on its way.
         """
-        found = True
+        store_away = False
         for attempt in range(CANCEL_TRIES):
+            if attempt:
+                await asyncio.sleep(CANCEL_PAUSE_S * attempt)
             try:
                 await self.store.cancel(ref)
                 return
             except JobNotFound:
-                found = False
+                store_away = False
                 if not may_come:
                     return
             except StoreUnavailable:
-                found = True
-            await asyncio.sleep(CANCEL_PAUSE_S * (attempt + 1))
-        if found:
+                store_away = True
+        if store_away:
             log.warning("job %s could not be cancelled: the store is away; it ends at its deadline", ref.job_id)
 
     async def close(self) -> None:

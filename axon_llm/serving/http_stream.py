@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, MutableMapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import Any
 
 from starlette.types import Receive, Scope, Send
@@ -44,6 +44,7 @@ class JobAnswer:
         with_ids: give every event its ``id``, for ``EventSource``.
         finished: how the job ended, if the client has the last entry: nothing is to be read, only the end to be said.
         on_gone: called when the client leaves before the end, unless this process is stopping.
+        deadline_unix_s: of the job, where it is known.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class JobAnswer:
         with_ids: bool = False,
         finished: Terminal | None = None,
         on_gone: Callable[[], None] | None = None,
+        deadline_unix_s: float | None = None,
     ) -> None:
         self._service = service
         self._ref = ref
@@ -68,6 +70,7 @@ class JobAnswer:
         self._with_ids = with_ids
         self._finished = finished
         self._on_gone = on_gone
+        self._deadline_unix_s = deadline_unix_s
         self._started = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -84,8 +87,6 @@ class JobAnswer:
                 reply.result()
             elif not self._service.stopping:
                 self._left()
-        except _TooSlowError:
-            self._left()
         except asyncio.CancelledError:
             if not self._service.stopping:
                 raise
@@ -106,14 +107,16 @@ class JobAnswer:
         idle_s = self._service.settings.heartbeat_s
         if self._finished is not None:
             await self._start(send, _STREAM_HEADERS)
-            await self._send_end(self._finished, self._patient(send))
+            await self._send_end(self._finished, send)
             return
-        events = self._service.store.stream(self._ref, after=self._after, idle_s=idle_s)
+        events = self._service.store.stream(
+            self._ref, after=self._after, idle_s=idle_s, deadline_unix_s=self._deadline_unix_s
+        )
         async with contextlib.aclosing(_translated(events, self._ref)) as entries:
             if self._stream:
-                await self._send_events(entries, self._patient(send))
+                await self._send_events(entries, send)
             else:
-                await self._send_whole(entries, self._patient(send))
+                await self._send_whole(entries, send)
 
     async def _send_events(self, entries: AsyncIterator[LogEntry | None], send: Send) -> None:
         started = time.monotonic()
@@ -172,23 +175,6 @@ class JobAnswer:
         pairs = [(name.encode(), value.encode()) for name, value in headers.items()]
         pairs.append((b"x-axon-job-id", self._ref.job_id.encode()))
         await send({"type": "http.response.start", "status": 200, "headers": pairs})
-
-    def _patient(self, send: Send) -> Send:
-        """``send`` that gives up on a client that has taken nothing for a while."""
-        limit_s = self._service.settings.send_timeout_s
-
-        async def bounded(message: MutableMapping[str, Any]) -> None:
-            try:
-                async with asyncio.timeout(limit_s):
-                    await send(message)
-            except TimeoutError:
-                raise _TooSlowError from None
-
-        return bounded
-
-
-class _TooSlowError(Exception):
-    """The client has stopped reading."""
 
 
 def failure(terminal: Terminal) -> ApiError:

@@ -22,7 +22,7 @@ class Answer:
         created_unix_s: seconds since 1970.
         chat: chat completion, else text completion.
         include_usage: a usage chunk follows the text, and every other chunk says ``"usage": null``.
-        resumed: the client has seen the beginning, role included.
+        resumed: the client has seen the beginning, role included. ``text_offset`` then counts from where it goes on.
     """
 
     def __init__(
@@ -38,7 +38,8 @@ class Answer:
         self._chat = chat
         self._include_usage = include_usage
         self._role_sent = resumed
-        self._utf8, self._length = codecs.getincrementaldecoder("utf-8")(errors="replace"), 0  # of the tokens told
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")  # bytes of a character that is not whole
+        self._length = 0  # characters of the tokens that log-probabilities were told of
         self._identity = {"id": job_id, "created": int(created_unix_s), "model": model}
 
     def chunk(self, entry: LogEntry) -> dict[str, Any] | None:

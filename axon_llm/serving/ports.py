@@ -119,11 +119,14 @@ class JobStore(Protocol):
         """Return the entries with ``seq > after``, in order, at most ``limit``."""
         ...
 
-    def stream(self, ref: JobRef, after: int = 0, idle_s: float | None = None) -> AsyncIterator[LogEntry | None]:
+    def stream(
+        self, ref: JobRef, after: int = 0, idle_s: float | None = None, deadline_unix_s: float | None = None
+    ) -> AsyncIterator[LogEntry | None]:
         """Yield the entries with ``seq > after`` as they come, each once and in order; ends after the terminal one.
 
         Yields None after every ``idle_s`` seconds without an entry (time for a heartbeat). Survives restarts of Redis
-        in between. Close it (``aclose``) to unsubscribe. ``after`` beyond the log's end waits for the log to grow.
+        in between. Close it (``aclose``) to unsubscribe. ``after`` beyond the log's end waits for the log to grow. With
+        the job's deadline given nothing is asked for at the beginning, so that Redis may be away then, too.
 
         Raises:
             JobNotFound: the job is unknown or expired.
@@ -302,7 +305,15 @@ class WorkerStore(Protocol):
 class DueJob:
     """A job of the outbox that nobody seems to hold.
 
-    Publish it again if the queue lost it, or fail it if it is too late. ``looks``: how often it was handed out before.
+    Publish it again if the queue lost it, or fail it if it is too late.
+
+    Attributes:
+        job: the job.
+        expired: past its deadline.
+        confirmed: the broker had it once, and no worker has gone silent with it since.
+        waited_s: since anything happened to it.
+        looks: how often it was handed out before.
+        published_again: though the broker had it; not since a worker last began it.
     """
 
     job: Job
@@ -310,6 +321,7 @@ class DueJob:
     confirmed: bool
     waited_s: float
     looks: int
+    published_again: bool
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from axon_llm.serving.token_log import TokenLog
 from axon_llm.serving.wire import ErrorInfo, Job, JobRef, Terminal, WireError, decode
 
 PREFETCH = 20
-LONG_WAIT_LOOKS = 3  # after 10, 20, 40 and 80 s with the grace that is usual
+LONG_WAIT_LOOKS = 3  # with the usual grace it is looked at after 10, 30, 70 and 150 s: that one
 
 log = logging.getLogger("axon.reaper")
 
@@ -74,9 +74,10 @@ class Reaper:
             return True
         except (StoreUnavailable, QueueUnavailable, QueueFull) as error:
             log.warning("%s", error)
-        except Exception:  # a password that was changed, a fault of ours
+            self._stop.wait(0.5)
+        except Exception:  # a permission that is missing, a fault of ours
             log.exception("looking after jobs failed")
-        self._stop.wait(0.5)
+            self._stop.wait(2.0)
         return False
 
     def _bury(self, delivery: Delivery) -> None:
@@ -99,21 +100,24 @@ class Reaper:
         if not self._consumer.publisher.connected:
             return  # jobs could be taken from the schedule but not be published
         for due in self._store.due():
-            if due.expired:
-                terminal = Terminal(finish_reason="error", error=deadline_exceeded(), attempts=0)
-                if self._store.fail(due.job.ref, terminal, unless_leased=True):
-                    log.warning("job %s: ended, it was past its deadline and with no worker", due.job.job_id)
-            elif self._is_lost(due):
-                self._consumer.publisher.publish_and_wait(due.job)
-                self._store.published(due.job.ref)
-                log.warning("job %s: published again after %.0f s with no worker", due.job.job_id, due.waited_s)
+            self._done(self._look_after, due)
+
+    def _look_after(self, due: DueJob) -> None:
+        if due.expired:
+            terminal = Terminal(finish_reason="error", error=deadline_exceeded(), attempts=0)
+            if self._store.fail(due.job.ref, terminal, unless_leased=True):
+                log.warning("job %s: ended, it was past its deadline and with no worker", due.job.job_id)
+        elif self._is_lost(due):
+            self._consumer.publisher.publish_and_wait(due.job)
+            self._store.published(due)
+            log.warning("job %s: published again after %.0f s with no worker", due.job.job_id, due.waited_s)
 
     def _is_lost(self, due: DueJob) -> bool:
         """Whether a job that nobody holds seems not to be in the queue either.
 
         Long waiting is a reason once: a queue may be that long, and would grow by what is put into it again and again.
         """
-        if not due.confirmed or due.looks == LONG_WAIT_LOOKS:
+        if not due.confirmed or (due.looks >= LONG_WAIT_LOOKS and not due.published_again):
             return True
         return self._consumer.publisher.depth_and_wait(due.job.model) == 0
 

@@ -35,7 +35,7 @@ OUTBOX = "axon:outbox"
 WATCH = "axon:watch"
 WORKERS = "axon:workers"
 
-ScriptName = Literal["submit", "claim", "emit", "finish", "release", "look", "due", "forget", "unreserve"]
+ScriptName = Literal["submit", "claim", "emit", "finish", "release", "look", "again", "due", "forget", "unreserve"]
 
 # Replies that say "not now": memory full, disk full, a replica, still loading. All leave the data as it was.
 _NOT_NOW = ("OOM", "MISCONF", "READONLY", "LOADING", "CLUSTERDOWN", "MASTERDOWN", "TRYAGAIN", "NOREPLICAS", "BUSY")

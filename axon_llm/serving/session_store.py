@@ -179,13 +179,16 @@ class SessionStore:
             items = await self._client.xrange(Keys.of(ref).log(ref.job_id), min=f"{after + 1}-0", count=limit)
         return [decode(LogEntry, fields[b"e"]) for _, fields in items]
 
-    async def stream(self, ref: JobRef, after: int = 0, idle_s: float | None = None) -> AsyncIterator[LogEntry | None]:
+    async def stream(
+        self, ref: JobRef, after: int = 0, idle_s: float | None = None, deadline_unix_s: float | None = None
+    ) -> AsyncIterator[LogEntry | None]:
         """Yield the entries with ``seq > after`` as they come, each once and in order; see ``ports.JobStore``."""
         poll_s = self._settings.poll_s
         following = after + 1
         async with self._wakeups.subscribe(Keys.of(ref).channel(ref.job_id)) as live:
-            status = await self._status_in_time(ref)
-            give_up_unix_s = status.deadline_unix_s + 2 * self._settings.lease_s
+            if deadline_unix_s is None:
+                deadline_unix_s = (await self.status(ref)).deadline_unix_s
+            give_up_unix_s = deadline_unix_s + 2 * self._settings.lease_s
             try:
                 async with asyncio.timeout(poll_s):
                     await live.confirmed.wait()  # else an entry could come between the reading and the subscription
@@ -222,17 +225,6 @@ class SessionStore:
                 if idle_s is not None and time.monotonic() - spoke >= idle_s:
                     yield None
                     spoke = time.monotonic()
-
-    async def _status_in_time(self, ref: JobRef) -> JobStatus:
-        """The state of a job whose deadline is not known yet; it is not given up while that may not have passed."""
-        give_up = time.monotonic() + self._settings.job_deadline_s + 2 * self._settings.lease_s
-        while True:
-            try:
-                return await self.status(ref)
-            except StoreUnavailable:
-                if time.monotonic() > give_up:
-                    raise
-            await asyncio.sleep(self._settings.poll_s)
 
     async def history(self, tenant: str, session_id: str) -> list[Turn]:
         """Return the committed turns of a session, oldest first."""

@@ -178,8 +178,11 @@ class TokenLog:
             pipeline.zrem(redis_scripts.WORKERS, worker_id)
             pipeline.execute()
 
-    def published(self, ref: JobRef) -> None:
-        """The broker has a job that was in the outbox; see ``ports.JobStore``."""
+    def published(self, due: DueJob) -> None:
+        """The broker confirmed a job that was taken from the outbox or the watch list."""
+        ref = due.job.ref
+        if due.confirmed:
+            self._run("confirming a job", [("again", [Keys.of(ref).job(ref.job_id)], [])])
         member = redis_scripts.schedule_member(ref)
         with store_errors("confirming a job"):
             pipeline = self._client.pipeline(transaction=False)
@@ -223,6 +226,7 @@ class TokenLog:
                             confirmed=confirmed and not look[4],
                             waited_s=int(look[2]) / 1000,
                             looks=int(look[5]),
+                            published_again=bool(look[6]),
                         )
                     )
         return jobs

@@ -230,7 +230,7 @@ class Worker:
                 ErrorInfo(
                     type="server_error",
                     code="internal_error",
-                    message="Something went wrong before the first token; the worker's log has more.",
+                    message="The job cannot be begun: a fault of the worker, whose log has more.",
                     http_status=500,
                 ),
             )

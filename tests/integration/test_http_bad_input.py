@@ -7,6 +7,7 @@ import gzip
 import json
 import socket
 import time
+from collections.abc import Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -15,7 +16,7 @@ import pytest
 
 from axon_llm.serving.embedded import EmbeddedStore
 from axon_llm.serving.ports import Emit
-from axon_llm.serving.wire import LogEntry
+from axon_llm.serving.wire import LogEntry, Terminal
 from tests.integration.backends import make_job
 from tests.integration.http_rig import Backend, Rig, embedded_backend
 from tests.integration.scripted_worker import CONTEXT, MODEL
@@ -259,23 +260,49 @@ def test_a_connection_whose_body_was_not_wanted_is_closed(rig: Rig) -> None:
     assert b"connection: close" in answer.lower()
 
 
+@contextlib.contextmanager
+def connected_to_long_answer(rig: Rig, entries: int, length: int) -> Iterator[socket.socket]:
+    """A connection with little room, which has asked for the events of a job of as many entries of so many bytes."""
+    store, job = rig.service.store, make_job(tenant="default")
+    assert isinstance(store, EmbeddedStore)
+    rig.ask(store.submit(job))
+    writer = store.worker_side()
+    stop = Terminal(finish_reason="stop")
+    long = [LogEntry(seq=seq, token=1, text="x" * length) for seq in range(1, entries + 1)]
+    long[-1] = long[-1].model_copy(update={"terminal": stop})
+    writer.emit([Emit(job.ref, writer.claim(job, "w1").fence, tuple(long))])
+    address = urlsplit(rig.url)
+    with socket.socket() as connection:
+        connection.settimeout(20)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect((address.hostname, address.port))
+        connection.sendall(f"GET /v1/jobs/{job.job_id}/events HTTP/1.1\r\nhost: x\r\n\r\n".encode())
+        yield connection
+
+
 def test_a_client_that_takes_nothing_is_cut_off() -> None:
     impatient = embedded_backend().rig(send_timeout_s=0.5)
     try:
-        store, job = impatient.service.store, make_job(tenant="default")
-        assert isinstance(store, EmbeddedStore)
-        impatient.ask(store.submit(job))
-        writer = store.worker_side()
-        long = tuple(LogEntry(seq=seq, token=1, text="x" * 20_000) for seq in range(1, 1001))
-        writer.emit([Emit(job.ref, writer.claim(job, "w1").fence, long)])
-        address = urlsplit(impatient.url)
-        with socket.socket() as connection:
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            connection.connect((address.hostname, address.port))
-            connection.sendall(f"GET /v1/jobs/{job.job_id}/events HTTP/1.1\r\nhost: x\r\n\r\n".encode())
-            connections = impatient._server.server_state.connections
+        connections = impatient._server.server_state.connections
+        with connected_to_long_answer(impatient, 1000, 20_000):
             wait_until(lambda: len(connections) == 1, 5, "it is there")
             wait_until(lambda: not connections, 10, "it was cut off")
+    finally:
+        impatient.stop()
+
+
+def test_a_client_that_is_slow_and_does_not_stand_still_gets_everything() -> None:
+    impatient = embedded_backend().rig(send_timeout_s=0.5)
+    try:
+        with connected_to_long_answer(impatient, 1, 8_000_000) as connection:
+            began, answer = time.monotonic(), b""
+            while not answer.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n"):
+                data = connection.recv(65_536)
+                assert data, f"cut off after {len(answer):,} bytes"
+                answer += data
+                time.sleep(0.0002 * len(data) / 1000)
+            assert answer.count(b"x") >= 8_000_000
+            assert time.monotonic() - began > 1.0
     finally:
         impatient.stop()
 

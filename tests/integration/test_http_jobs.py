@@ -6,6 +6,7 @@ import asyncio
 import json
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -14,7 +15,7 @@ import httpx
 import pytest
 import redis
 
-from axon_llm.serving.ports import QueueFull, QueueUnavailable
+from axon_llm.serving.ports import QueueFull, QueueUnavailable, StoreUnavailable
 from axon_llm.serving.wire import Job
 from tests.integration.http_rig import Backend, Rig
 from tests.integration.scripted_worker import MODEL
@@ -299,6 +300,36 @@ def test_a_queue_longer_than_a_jobs_deadline_is_refused_at_once(rig: Rig, monkey
     refused = httpx.post(rig.url + "/v1/chat/completions", json=request("count 2"))
     rig.service.capacity._depths.clear()
     assert (refused.status_code, refused.json()["error"]["code"]) == (503, "overloaded")
+
+
+def test_a_job_that_was_stored_though_the_store_did_not_say_so_is_cancelled(
+    http_backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unlucky = http_backend.rig()
+    try:
+        store, stored = unlucky.service.store, []
+        submit = store.submit
+
+        async def submit_unheard(job: Job) -> bool:
+            await submit(job)
+            stored.append(job)
+            raise StoreUnavailable("no reply")
+
+        monkeypatch.setattr(store, "submit", submit_unheard)
+        body = request("hold", session_id=f"s-{uuid.uuid4().hex[:8]}")
+        assert httpx.post(unlucky.url + "/v1/chat/completions", json=body).status_code == 503
+        [job] = stored
+        until(lambda: unlucky.ask(store.status(job.ref)).state == "done", "it was cancelled")
+        key = {"idempotency-key": uuid.uuid4().hex}
+        body = request("count 2")
+        assert httpx.post(unlucky.url + "/v1/chat/completions", json=body, headers=key).status_code == 503
+        monkeypatch.undo()
+        job = stored[-1]
+        unlucky.ask(unlucky.service.queue.publish(job))
+        answer = httpx.post(unlucky.url + "/v1/chat/completions", json=body, headers=key).json()
+        assert (answer["id"], answer["choices"][0]["finish_reason"]) == (job.job_id, "stop")
+    finally:
+        unlucky.stop()
 
 
 def test_many_requests_at_once_get_no_more_places_than_there_are(

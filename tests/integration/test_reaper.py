@@ -12,9 +12,11 @@ from typing import Any
 
 import redis
 
-from axon_llm.serving.reaper import Reaper
+from axon_llm.serving.ports import QueueFull
+from axon_llm.serving.reaper import LONG_WAIT_LOOKS, Reaper
 from axon_llm.serving.session_store import SessionStore
 from axon_llm.serving.settings import ServingSettings
+from axon_llm.serving.token_log import TokenLog
 from axon_llm.serving.wire import Job
 from tests.integration.backends import make_job
 from tests.integration.conftest import settings_for
@@ -28,9 +30,15 @@ class Broker:
     def __init__(self) -> None:
         self.jobs: list[Job] = []
         self.waiting = 0
+        self.full = False
         self.publisher = SimpleNamespace(
-            connected=True, publish_and_wait=self.jobs.append, depth_and_wait=lambda model: self.waiting
+            connected=True, publish_and_wait=self._publish, depth_and_wait=lambda model: self.waiting
         )
+
+    def _publish(self, job: Job) -> None:
+        if self.full:
+            raise QueueFull("full")
+        self.jobs.append(job)
 
     def start(self, on_delivery: Any) -> None:
         pass
@@ -96,7 +104,7 @@ def test_a_job_of_a_newer_version_keeps_nobody_from_the_others(tmp_path: Path) -
             wait_until(lambda: broker.jobs == [job], 5, "it looks after the other")
 
 
-def test_a_job_in_a_long_queue_is_published_again_once(tmp_path: Path) -> None:
+def test_a_job_in_a_long_queue_is_published_again_once_and_again_after_a_worker_had_it(tmp_path: Path) -> None:
     need("redis-server")
     with RedisServer(tmp_path / "redis") as server:
         assert isinstance(server, RedisServer)
@@ -106,5 +114,17 @@ def test_a_job_in_a_long_queue_is_published_again_once(tmp_path: Path) -> None:
             broker.waiting = 5
             wait_until(lambda: broker.jobs == [job], 5, "it was in the outbox")
             [key] = [key for key in admin.scan_iter("axon:*") if key.endswith(f"job:{job.job_id}".encode())]
-            wait_until(lambda: int(admin.hget(key, "looks") or 0) >= 6, 10, "it was looked at more often")
-            assert broker.jobs == [job, job]
+
+            def looked_at(times: int) -> bool:
+                return int(admin.hget(key, "looks") or 0) >= times  # type: ignore[arg-type]
+
+            broker.full = True
+            wait_until(lambda: looked_at(LONG_WAIT_LOOKS + 1), 10, "it could not be published when it was time")
+            broker.full = False
+            wait_until(lambda: broker.jobs == [job] * 2, 10, "so it was later")
+            wait_until(lambda: looked_at(LONG_WAIT_LOOKS + 4), 10, "it was looked at more often")
+            assert broker.jobs == [job] * 2
+            log = TokenLog(settings)
+            log.release(job.ref, log.claim(job, "w1").fence)
+            log.close()
+            wait_until(lambda: broker.jobs == [job] * 3, 10, "once more, when a worker had given it back")

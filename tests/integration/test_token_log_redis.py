@@ -348,10 +348,28 @@ async def test_a_stream_that_begins_while_redis_is_away_begins_when_it_is_back(t
         await store.submit(job)
         await asyncio.to_thread(log.emit, [Emit(job.ref, log.claim(job, "w1").fence, entries(1, 4, end="stop"))])
         server.pause()
-        following = asyncio.create_task(_all(store.stream(job.ref)))
+        following = asyncio.create_task(_all(store.stream(job.ref, deadline_unix_s=job.deadline_unix_s)))
         await asyncio.sleep(1.0)
         assert not following.done()
         server.resume()
+        assert tuple(await following) == entries(1, 4, end="stop")
+        log.close()
+        await store.close()
+
+
+@in_event_loop
+async def test_a_stream_of_a_job_that_redis_lost_waits_for_the_worker_that_makes_it_anew(tmp_path: Path) -> None:
+    need("redis-server")
+    with RedisServer(tmp_path / "redis") as server:
+        assert isinstance(server, RedisServer)
+        settings = quick(server, poll_s=0.2)
+        store, log, job = SessionStore(settings), TokenLog(settings), make_job()
+        await store.submit(job)
+        with redis.Redis(port=server.port) as client:
+            client.flushall()
+        following = asyncio.create_task(_all(store.stream(job.ref, deadline_unix_s=job.deadline_unix_s)))
+        await asyncio.sleep(0.3)
+        await asyncio.to_thread(log.emit, [Emit(job.ref, log.claim(job, "w1").fence, entries(1, 4, end="stop"))])
         assert tuple(await following) == entries(1, 4, end="stop")
         log.close()
         await store.close()

@@ -47,7 +47,8 @@ if attempt >= tonumber(ARGV[7]) and ARGV[4] == '0' then
 end
 
 local fence = next_fence(job[2], now)
-redis.call('HSET', KEYS[1], 'state', 'running', 'fence', fence, 'attempt', attempt, 'holder', ARGV[2], 'renewed', int(now))
+redis.call('HSET', KEYS[1], 'state', 'running', 'fence', fence, 'attempt', attempt, 'holder', ARGV[2], 'renewed', int(now),
+  'looks', '0', 'again', '0')
 local reply = {'run', fence, attempt, tonumber(job[6]), 0}
 for _, item in ipairs(redis.call('XRANGE', KEYS[2], '-', '+')) do
   reply[#reply + 1] = item[2][2]

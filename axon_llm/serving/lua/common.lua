@@ -2,7 +2,8 @@
 --
 -- A job is a hash: state (queued, running, released, suspect, done) · fence (only its bearer may append) · next (sequence number of
 -- the next entry) · attempt (1, plus one for every take-over) · holder · renewed (when the holder was last heard of) · cancel ·
--- deadline · expire · body · model · trace · created · call (which one submitted it) · terminal.
+-- deadline · expire · body · model · trace · created · call (a token of the call that submitted it, to
+-- recognise its repetition) · looked, looks (when and how often it was handed out as lost) · again (published again) · terminal.
 -- Every script refuses to start when memory is full (none is flagged allow-oom), so that none is left half done.
 
 local function now_ms()
