@@ -27,9 +27,11 @@ def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """Round each row of ``x`` ``[…, K]`` to bytes around 128.
 
     Returns:
-        ``q`` uint8 ``[…, K]`` and ``scale`` ``[…, 1]`` in x's dtype, with ``x ≈ (q − 128) · scale``.
+        ``q`` uint8 ``[…, K]`` and ``scale`` ``[…, 1]``, with ``x ≈ (q − 128) · scale``; in x's dtype, but of float16 in
+        float32: a small scale would lose its digits, and the largest value would no longer fit.
     """
-    scale = (x.abs().amax(dim=-1, keepdim=True).float() * _STEP).clamp_min(1e-20).to(x.dtype)  # [..., 1]
+    scale = (x.abs().amax(dim=-1, keepdim=True).float() * _STEP).clamp_min(1e-20)  # [..., 1]
+    scale = scale if x.dtype == torch.float16 else scale.to(x.dtype)
     return (x.float() / scale.float() + 128.5).to(torch.uint8), scale
 
 

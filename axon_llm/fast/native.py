@@ -17,6 +17,8 @@ import platform
 import re
 import shlex
 import shutil
+import stat
+import struct
 import subprocess
 import sys
 import tempfile
@@ -84,17 +86,23 @@ def built() -> Path:
     flags = _flags()
     library = _library(flags)
     if library.exists():
-        if library.stat().st_uid not in (0, os.getuid()):
-            raise Unavailable(f"{library} belongs to somebody else")
-        return library
-    compiler = shlex.split(os.environ.get("CXX", "")) or [shutil.which("g++") or shutil.which("clang++") or ""]
+        _check_owner(library)
+        if _is_whole(library):
+            return library
+    try:
+        compiler = shlex.split(os.environ.get("CXX", ""))
+    except ValueError as error:
+        raise Unavailable(f"CXX is no command: {error}") from None
+    compiler = compiler or [shutil.which("g++") or shutil.which("clang++") or ""]
     if not compiler[0]:
         raise Unavailable("there is no C++ compiler (install g++)")
     torch_folder = _torch_folder()
     library.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if not os.environ.get("AXON_KERNEL_CACHE"):  # a folder that somebody has chosen is their business
+        _check_owner(library.parent)
     sys.stderr.write("axon: compiling kernels for this processor, once …\n")
     with _lock(library):
-        if library.exists():  # another process was quicker
+        if library.exists() and _is_whole(library):  # another process was quicker
             return library
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
             target = Path(folder) / library.name
@@ -114,8 +122,29 @@ def built() -> Path:
             if done.returncode:
                 found = re.search(r"error: (.*)", done.stderr)
                 raise Unavailable(f"{compiler[0]} failed: {found[1] if found else done.stderr.strip()[-200:]}")
+            with target.open("rb") as file:
+                os.fsync(file.fileno())  # before it has its name: after a power loss it is whole or not there
             target.replace(library)
     return library
+
+
+def _check_owner(path: Path) -> None:
+    """What is loaded into this process must not be somebody else's to change."""
+    status = path.stat()
+    open_to_all = status.st_mode & stat.S_IWOTH and not status.st_mode & stat.S_ISVTX
+    if status.st_uid not in (0, os.getuid()) or open_to_all:
+        raise Unavailable(f"{path} belongs to somebody else, or anybody may change it")
+
+
+def _is_whole(library: Path) -> bool:
+    """Whether a library is as long as its head says; to load one that was cut off ends the process."""
+    with library.open("rb") as file:
+        head = file.read(64)
+    if len(head) < 64:
+        return False
+    [sections] = struct.unpack_from("<Q", head, 0x28)  # of an ELF file, whose table of sections is its end
+    each, count = struct.unpack_from("<HH", head, 0x3A)
+    return library.stat().st_size >= int(sections + each * count)
 
 
 def processor_flags() -> frozenset[str]:
@@ -209,5 +238,5 @@ def _lock(library: Path) -> Iterator[None]:
 if __name__ == "__main__":
     try:
         print(built())  # noqa: T201
-    except Unavailable as error:
+    except (Unavailable, OSError) as error:
         sys.exit(f"axon: no kernels for this processor: {error}")

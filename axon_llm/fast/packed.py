@@ -18,6 +18,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -34,6 +35,7 @@ from axon_llm.model import Transformer
 VERSION = 2
 _CARRIED = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json")
 _KINDS = ("int8", "int4")
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def write_packed(source: Path, target: Path, quantize: str) -> int:
@@ -48,7 +50,7 @@ def write_packed(source: Path, target: Path, quantize: str) -> int:
         Bytes of the tensors written.
 
     Raises:
-        ModelError: the source cannot be read, or is packed already.
+        ModelError: the source cannot be read, or is packed already; the target cannot be written.
         UsageError: the target holds something, input channels cannot be grouped, or the quantisation is not known.
     """
     if quantize not in _KINDS:
@@ -74,16 +76,32 @@ def write_packed(source: Path, target: Path, quantize: str) -> int:
 
     fuse(model, keep)
     tensors |= {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    fresh = not target.exists()
     target.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    try:
+        _write(source, target, quantize, tensors)
+    except BaseException:  # interrupted, or the disk is full: half a checkpoint is none, and would be in the way
+        for path in target.iterdir():
+            path.unlink()
+        if fresh:
+            target.rmdir()
+        raise
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def _write(source: Path, target: Path, quantize: str, tensors: dict[str, Tensor]) -> None:
+    """The files of a packed checkpoint; what makes it one comes last."""
+    try:
+        save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise CheckpointError(f"{target} cannot be written: {error}") from None
     (target / "model.safetensors").chmod(0o644)  # written for its owner alone, unlike every other file
-    raw = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    raw["axon_packed"] = {"version": VERSION, "weights": quantize}
-    (target / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
     for path in (*(source / name for name in _CARRIED), *source.glob("*.jinja")):
         if path.is_file():
             shutil.copyfile(path, target / path.name)
-    return sum(tensor.nbytes for tensor in tensors.values())
+    raw = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    raw["axon_packed"] = {"version": VERSION, "weights": quantize}
+    (target / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
 
 
 def load_packed(
@@ -106,7 +124,7 @@ def load_packed(
         mapped: leave the weights where the file is mapped, on small pages: for a process that answers once.
 
     Raises:
-        CheckpointError: tensors missing, extra, or wrongly shaped.
+        CheckpointError: tensors missing, extra, wrongly shaped, or of another type.
         UsageError: another quantisation was asked for.
     """
     if quantize not in (None, config.packed):
@@ -121,10 +139,10 @@ def load_packed(
     def make(name: str, linears: list[nn.Linear]) -> nn.Module:
         n, k = sum(linear.out_features for linear in linears), linears[0].in_features
         has_bias = linears[0].bias is not None
-        bias = stored.take(f"{name}.bias", (n,)).to(device, target) if has_bias else None
+        bias = stored.take(f"{name}.bias", (n,), _FLOATS).to(device, target) if has_bias else None
         words = 5 * k // GROUP if config.packed == "int4" else -(-k // 4)
         block = BLOCK[config.packed]
-        strips = stored.take(f"{name}.strips", (-(-n // LANES), -(-words // block) * block, LANES))
+        strips = stored.take(f"{name}.strips", (-(-n // LANES), -(-words // block) * block, LANES), (torch.int32,))
         if plan.kernel.endswith("-strips") and not mapped:
             strips = pages.weights.copy(strips)
         if config.packed == "int4":
@@ -132,7 +150,7 @@ def load_packed(
                 return Int4Strips(strips, k, n, bias)
             values: tuple[Tensor, ...] = read_int4(strips, n, k)
         else:
-            scale = stored.take(f"{name}.scale", (n,))
+            scale = stored.take(f"{name}.scale", (n,), (torch.float32,))
             if plan.kernel == "int8-strips":
                 return Int8Strips(strips, scale, k, bias)
             values = read_int8(strips, n, k), scale
@@ -142,7 +160,7 @@ def load_packed(
     for name, parameter in list(model.named_parameters()):
         if parameter.is_meta:
             owner, _, leaf = name.rpartition(".")
-            value = stored.take(name, tuple(parameter.shape)).to(device, target)
+            value = stored.take(name, tuple(parameter.shape), _FLOATS).to(device, target)
             setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
     stored.finish()
     model.rope.to(device)
@@ -164,10 +182,13 @@ class _Stored:
             tensor: Tensor = file.get_tensor(name)
         return tensor
 
-    def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """A tensor of this shape."""
+    def take(self, name: str, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> Tensor:
+        """A tensor of this shape, and one of these types: kernels read bytes without asking."""
         tensor = self.peek(name)
         del self._home[name]
+        if tensor.dtype not in dtypes:
+            wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+            raise CheckpointError(f"{self._folder}: {name} is {tensor.dtype}, should be {wanted}")
         if tensor.shape != shape:
             raise CheckpointError(f"{self._folder}: {name} is {list(tensor.shape)}, should be {list(shape)}")
         return tensor

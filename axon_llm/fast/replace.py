@@ -58,14 +58,20 @@ def accelerate(
         The same model, or another made of its parts.
 
     Raises:
-        UsageError: an unknown quantisation, or one this device does not have.
+        UsageError: an unknown quantisation, one this device does not have, or a model that is quantised otherwise.
     """
     device, dtype = model.embed_tokens.weight.device, model.embed_tokens.weight.dtype
     if plan is None:
         plan = plan_for(device, dtype, quantize, rows, once)
         if plan.kernel == "packed" and not ops.works("packed", dtype):
             plan = replace(plan, kernel="plain", decode="F.linear", prefill="F.linear")
-    if plan.kernel == "reference" or any(isinstance(module, FastLinear) for module in model.modules()):
+    kinds = {module.kind for module in model.modules() if isinstance(module, FastLinear)}
+    if kinds and quantize is not None and not any(kind.startswith(quantize) for kind in kinds):
+        raise UsageError(
+            f"this model's weights are {', '.join(sorted(kinds))} and cannot become {quantize}",
+            "Start from the original checkpoint.",
+        )
+    if plan.kernel == "reference" or kinds:
         return model  # nothing faster, or loaded from a packed checkpoint
     model.requires_grad_(False)
     if plan.fuse:

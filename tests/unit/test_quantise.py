@@ -8,6 +8,7 @@ from typing import Literal
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from test_fast import CONFIG, QWEN, prefill_and_decode, random_model
 
@@ -57,7 +58,7 @@ def test_a_row_of_zeros_and_a_constant_group_survive_quantisation() -> None:
     torch.testing.assert_close(dequantise_int4(*quantise_int4(w))[[3, 5]], w[[3, 5]])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_rows_are_rounded_to_half_a_step_and_never_wrap_around(dtype: torch.dtype) -> None:
     x = (torch.randn(200, 96, generator=torch.Generator().manual_seed(1)) * torch.logspace(-6, 4, 200)[:, None]).to(
         dtype
@@ -253,6 +254,51 @@ def test_a_packed_checkpoint_is_refused_where_it_does_not_fit(folder: Path) -> N
     save_file(tensors, target / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"lacks layers\.0\.mlp\.down_proj\.scale"):
         load_packed(target, config, cpu)
+
+
+@pytest.mark.parametrize("name", ["layers.0.mlp.down_proj.strips", "layers.0.mlp.down_proj.scale", "norm.weight"])
+def test_a_packed_checkpoint_of_other_types_is_refused(folder: Path, name: str) -> None:
+    target = folder.parent / "int8"
+    write_packed(folder, target, "int8")
+    tensors = load_file(target / "model.safetensors")
+    tensors[name] = tensors[name].to(torch.int8)
+    save_file(tensors, target / "model.safetensors")
+    config = ModelConfig.from_file(target / "config.json")
+    with pytest.raises(CheckpointError, match=r"is torch\.int8, should be"):
+        load_packed(target, config, torch.device("cpu"))
+
+
+def test_packing_that_fails_leaves_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(tensors: object, path: Path, **more: object) -> None:
+        path.write_bytes(b"half")
+        raise SafetensorError("no space left on device")
+
+    monkeypatch.setattr("axon_llm.fast.packed.save_file", full)
+    target, there = folder.parent / "new", folder.parent / "there"
+    there.mkdir()
+    for each in (target, there):
+        with pytest.raises(CheckpointError, match="no space left"):
+            write_packed(folder, each, "int8")
+    assert not target.exists()
+    assert list(there.iterdir()) == []
+
+
+@pytest.mark.parametrize("already", ["int8", None])
+def test_a_model_that_has_its_weights_is_not_quantised_otherwise(already: str | None) -> None:
+    model = accelerate(random_model(ModelConfig.from_dict(RAW), torch.bfloat16), already)
+    with pytest.raises(UsageError, match="cannot become int4"):
+        accelerate(model, "int4")
+
+
+@pytest.mark.parametrize("kernel", ["int8-strips", "int4-strips", "int8", "int4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_quantised_model_that_is_converted_to_what_it_is_keeps_its_scales(kernel: str, dtype: torch.dtype) -> None:
+    if kernel.endswith("-strips") and not native.load():
+        pytest.skip("there are no kernels of our own here")
+    plan = Plan(kernel, True, "", "", 8)  # type: ignore[arg-type]
+    model = accelerate(random_model(ModelConfig.from_dict(RAW), dtype), plan=plan)
+    before = prefill_and_decode(model, dtype)
+    assert torch.equal(prefill_and_decode(model.to(dtype), dtype), before)
 
 
 def test_an_unknown_packed_format_is_refused() -> None:

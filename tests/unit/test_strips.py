@@ -824,8 +824,38 @@ def test_kernels_are_compiled_once_and_kept(tmp_path: Path) -> None:
 
 
 @kernels
+@pytest.mark.slow
+def test_kernels_that_were_cut_off_are_compiled_again(tmp_path: Path) -> None:
+    assert run_builder(tmp_path).returncode == 0
+    [library] = tmp_path.glob("*.so")
+    whole = library.read_bytes()
+    for size in (0, 4096, len(whole) - 1):
+        library.write_bytes(whole[:size])
+        assert not native._is_whole(library)
+    assert "compiling kernels" in run_builder(tmp_path).stderr
+    assert library.stat().st_size == len(whole)
+
+
+@kernels
+def test_kernels_are_not_kept_where_anybody_could_change_them(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    (home / "axon").mkdir(parents=True)
+    (home / "axon").chmod(0o777)
+    done = subprocess.run(
+        [sys.executable, "-m", "axon_llm.fast.native"],
+        env={"PATH": "/usr/bin:/bin", "XDG_CACHE_HOME": str(home)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "anybody may change it" in done.stderr
+
+
+@kernels
 @pytest.mark.parametrize(
-    ("compiler", "said"), [("/bin/false", "/bin/false failed"), ("/no/such/compiler", "No such file")]
+    ("compiler", "said"),
+    [("/bin/false", "/bin/false failed"), ("/no/such/compiler", "No such file"), ("g++ '", "CXX is no command")],
 )
 def test_without_a_working_compiler_it_says_so_and_goes_on(
     compiler: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
