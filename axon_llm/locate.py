@@ -40,7 +40,10 @@ def locate(name: str | Path, *, weights: bool = True) -> Path:
         ModelNotFound: nothing of that name; the hint lists what is there.
     """
     text = str(name)
-    folder = Path(text).expanduser()
+    try:
+        folder = Path(text).expanduser()
+    except RuntimeError:  # ~somebody/… where there is no such user
+        raise ModelNotFound(f"no home folder for {text!r}", _what_is_there()) from None
     if (folder / "config.json").is_file():
         return folder
     if text in SHIPPED:

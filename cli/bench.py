@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from axon_llm.model import Transformer
 
 FORMATS = ("md", "json", "csv")
+MOST_THREADS = 1024  # where the system makes no more of them, the process ends without a word
 
 
 def command(
@@ -38,7 +39,7 @@ def command(
     dtype: options.Dtype = None,
     quantize: options.Quantize = None,
     compile: options.Compile = False,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's default.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, max=MOST_THREADS, help="CPU threads; torch's default.")] = None,
     against: Annotated[
         list[str] | None,
         typer.Option(
@@ -99,14 +100,12 @@ def _peers(
     names: list[str], model: str, loaded: Transformer, cases: list[Any], llama_bench: str | None
 ) -> dict[str, Any]:
     """The peers asked for, each with weights of the model's shape."""
-    import tempfile
     from pathlib import Path
 
     import torch
 
-    from axon_llm.bench.llama_cpp import TYPES, LlamaBench, write_gguf
+    from axon_llm.bench.llama_cpp import TYPES, LlamaBench, kept_gguf
     from axon_llm.bench.torch_peers import GptFast, TransformersStatic
-    from axon_llm.checkpoint import load as load_checkpoint
 
     weight = loaded.embed_tokens.weight
     shape = (loaded.config, weight.dtype, weight.device, cases)
@@ -116,12 +115,7 @@ def _peers(
         program, _, kind = name.partition(":")
         if program == "llama.cpp" and (kind or "BF16") in TYPES:
             found = LlamaBench.find(llama_bench)
-            path = (
-                Path(tempfile.gettempdir()) / f"axon-{model.replace(':', '-').replace('/', '-')}-{kind or 'BF16'}.gguf"
-            )
-            if not path.is_file():
-                write_gguf(load_checkpoint(model, device="cpu")[0], path, kind or "BF16")
-            peers[name] = LlamaBench(found, path, torch.get_num_threads())
+            peers[name] = LlamaBench(found, kept_gguf(model, kind or "BF16"), torch.get_num_threads())
         elif name == "transformers":
             peers[name] = TransformersStatic(*shape)
         elif program == "gpt-fast" and kind:

@@ -128,8 +128,6 @@ def read_prompt(prompt: str | None) -> str:
         UsageError: it is empty, or not UTF-8.
     """
     if prompt is None or prompt == "-":
-        if sys.stdin is None:
-            raise UsageError("no prompt, and standard input is closed")
         if sys.stdin.isatty():
             print("Type the prompt, then Ctrl-D.", file=sys.stderr)
         data = sys.stdin.buffer.read()

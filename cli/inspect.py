@@ -159,9 +159,10 @@ def parse_bytes(text: str) -> int:
         UsageError: anything else.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", text, re.IGNORECASE)
-    if not match or float(match[1]) <= 0:
+    amount = float(match[1]) * _UNITS[match[2].upper()] if match else 0.0
+    if not 0 < amount < math.inf:
         raise UsageError(f"--memory {text!r} is not an amount of memory", "Such as 16GiB or 500MiB.")
-    found = int(float(match[1]) * _UNITS[match[2].upper()])
+    found = int(amount)
     if found < LEAST_MEMORY:
         raise UsageError(f"--memory {text!r} is {found} bytes, which holds nothing", "Such as 16GiB or 500MiB.")
     return found

@@ -40,7 +40,9 @@ def command(
             help="Arrivals per second, a Poisson process; several with commas make a sweep; inf: all at once."
         ),
     ] = "inf",
-    burstiness: Annotated[float, typer.Option(min=0.01, help="1: Poisson; below: burstier; above: steadier.")] = 1.0,
+    burstiness: Annotated[
+        float, typer.Option(min=0.01, max=1e6, help="1: Poisson; below: burstier; above: steadier.")
+    ] = 1.0,
     max_concurrency: Annotated[
         str | None, typer.Option("--max-concurrency", "-c", help="Users at once; several with commas make a sweep.")
     ] = None,
@@ -84,9 +86,12 @@ def command(
 
     if shared_prefix_len >= input_len:
         raise UsageError("--shared-prefix-len must be less than --input-len, or all prompts would be the same.")
+    for option, number in (("--burstiness", burstiness), ("--temperature", temperature), ("--timeout", timeout_s)):
+        if not math.isfinite(number):
+            raise UsageError(f"{option} must be a finite number, not {number}.")
     objective = Objective.parse(goodput or [])
-    rates = _numbers(request_rate, "--request-rate")
-    limits = [int(number) for number in _numbers(max_concurrency, "--max-concurrency")] if max_concurrency else [None]
+    rates = _rates(request_rate)
+    limits = _limits(max_concurrency) if max_concurrency is not None else [None]
     if len(rates) > 1 and len(limits) > 1:
         raise UsageError("A sweep goes over --request-rate or --max-concurrency, not both.")
     if against is not None and len(rates) * len(limits) > 1:
@@ -106,7 +111,7 @@ def command(
         timeout_s=timeout_s,
     )
     if against is not None:
-        _compare(target, Target.of(against, key), workload, rates[0], limits[0], warm_ups, as_json)
+        _compare(target, Target.of(against, key), workload, rates[0], limits[0], burstiness, warm_ups, as_json)
         return
     runs: list[Run] = []
     results: list[dict[str, Any]] = []
@@ -166,18 +171,27 @@ def _measure(
 
 
 def _compare(
-    target: Target, other: Target, workload: Workload, rate: float, limit: int | None, warm_ups: int, as_json: bool
+    target: Target,
+    other: Target,
+    workload: Workload,
+    rate: float,
+    limit: int | None,
+    burstiness: float,
+    warm_ups: int,
+    as_json: bool,
 ) -> None:
     from axon_llm.serving.load_compare import compare
 
-    result = asyncio.run(compare(target, other, workload, request_rate=rate, max_concurrency=limit, warm_ups=warm_ups))
+    how: dict[str, Any] = {"request_rate": rate, "max_concurrency": limit, "burstiness": burstiness}
+    result = asyncio.run(compare(target, other, workload, warm_ups=warm_ups, **how))
     if as_json:
         typer.echo(json.dumps({"schema": "axon.load.compare/1", **result}))
     else:
         typer.echo(f"{'':12}{'here':>12}{'against':>12}{'added':>12}")
         for label in (f"p{percent}_{name}_ms" for name in ("ttft", "tpot") for percent in (50, 99)):
-            row = result[label]
-            typer.echo(f"{label:12}{row['here']:12.2f}{row['against']:12.2f}{row['added']:+12.2f}")
+            figures = ((result[label][side], sign) for side, sign in (("here", ""), ("against", ""), ("added", "+")))
+            row = ("-" if figure is None else format(figure, f"{sign}.2f") for figure, sign in figures)
+            typer.echo(f"{label:12}" + "".join(f"{cell:>12}" for cell in row))
         typer.echo(f"answered: {result['completed'][0]} here, {result['completed'][1]} against")
     if any(result["failed"]):
         raise typer.Exit(1)
@@ -210,16 +224,30 @@ def _load_name(rate: float, limit: int | None) -> str:
     return ", ".join(parts) or "all at once"
 
 
-def _numbers(text: str, option: str) -> list[float]:
+def _rates(text: str) -> list[float]:
+    """``--request-rate``: arrivals per second; infinite for all at once."""
     from axon_llm.errors import UsageError
 
     try:
-        numbers = [float(part) for part in text.split(",")]
+        rates = [float(part) for part in text.split(",")]
     except ValueError:
-        numbers = []
-    if not numbers or not all(number > 0 for number in numbers):
-        raise UsageError(f"{option} takes positive numbers, several with commas; not {text!r}.")
-    return numbers
+        rates = []
+    if not rates or not all(rate > 0 for rate in rates):
+        raise UsageError(f"--request-rate takes positive numbers or inf, several with commas; not {text!r}.")
+    return rates
+
+
+def _limits(text: str) -> list[int | None]:
+    """``--max-concurrency``: users at once."""
+    from axon_llm.errors import UsageError
+
+    try:
+        limits: list[int | None] = [int(part) for part in text.split(",")]
+    except ValueError:
+        limits = []
+    if not limits or not all(limit is not None and limit >= 1 for limit in limits):
+        raise UsageError(f"--max-concurrency takes integers from 1, several with commas; not {text!r}.")
+    return limits
 
 
 def _api_key(path: Path | None) -> str:
@@ -231,3 +259,5 @@ def _api_key(path: Path | None) -> str:
         return path.read_text(encoding="utf-8").strip()
     except OSError as error:
         raise UsageError(f"Cannot read the key from {path}: {error.strerror}.") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"Cannot read the key from {path}: it is not text.") from None

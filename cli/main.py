@@ -7,7 +7,10 @@ not found or unreadable, 4 broker or Redis unreachable, 130 Ctrl-C.
 
 from __future__ import annotations
 
+import errno
+import io
 import os
+import re
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -32,10 +35,13 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "keys": ("keys", "Create, list and revoke API keys."),
     "load": ("load", "Put load on an OpenAI-compatible server and report latencies."),
 }
+_NO_MEMORY = re.compile(r"can't allocate memory|Cannot allocate memory|DefaultCPUAllocator|out of memory")
+_NO_MEMORY_HINT = "A smaller --max-seq-len takes less for the cache, --quantize int8 or int4 less for the weights."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; the installed ``axon`` exits with it."""
+    _mend_streams()
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         return _dispatch(words)
@@ -49,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(error.message, error.hint, error.exit_code)
     except OSError as error:  # a disk that is full, a folder that may not be written to
         where = f"{error.filename}: " if error.filename else ""
-        return _fail(f"{where}{error.strerror or error}", "", 1)
+        return _fail(f"{where}{error.strerror or error}", _NO_MEMORY_HINT if error.errno == errno.ENOMEM else "", 1)
     except Exception as error:
         if hasattr(error, "format_message"):  # a usage error of typer's
             return _fail(error.format_message(), f"See `axon {words[0]} --help`.", getattr(error, "exit_code", 2))
@@ -57,6 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 130
         if os.environ.get("AXON_DEBUG"):
             raise
+        if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error))):
+            wanted = re.search(r"ried to allocate ([\d.]+ \w+)", str(error))
+            return _fail(f"not enough memory{f' for {wanted[1]}' if wanted else ''}", _NO_MEMORY_HINT, 1)
         return _fail(f"{type(error).__name__}: {error}", "This is a defect in Axon; AXON_DEBUG=1 shows where.", 1)
 
 
@@ -105,6 +114,23 @@ def help_text() -> str:
         'Try: axon generate "Once upon a time"',
     ]
     return "\n".join(lines)
+
+
+def _mend_streams() -> None:
+    """Closed standard streams become the null device, and what an encoding lacks becomes a question mark.
+
+    A descriptor from 0 to 2 that stayed free would be given to the next file that is opened, which would then take what
+    is printed.
+    """
+    if None in (sys.stdin, sys.stdout, sys.stderr):
+        while (null := os.open(os.devnull, os.O_RDWR)) <= 2:
+            os.set_inheritable(null, True)  # as the standard streams are
+        for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+            if getattr(sys, name) is None:
+                setattr(sys, name, open(null, mode, encoding="utf-8", closefd=False))  # noqa: SIM115 - for good
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def _reader_had_enough() -> int:

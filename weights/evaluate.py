@@ -168,7 +168,7 @@ def evaluate_perplexity(
 
 def evaluate(folder: Path, cases: int, samples: int, report: Report, show: int = 0) -> dict[str, Any]:
     """Run all three measurements on a checkpoint folder and return one JSON-ready object."""
-    model, _ = load(folder)
+    model, _ = load(folder, device="cpu")  # where the tokens below are made, whatever cards there are
     model.eval()
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     recall = []

@@ -250,11 +250,30 @@ def train(trainer: Trainer, tokenizer: Tokenizer, out: Path, save_every_s: float
             }  # fmt: skip
             with (trainer.run / "log.jsonl").open("a", encoding="utf-8") as log:
                 log.write(json.dumps(line) + "\n")
-            if time.monotonic() - saved > save_every_s or trainer.spent >= 1:
-                trainer.save()
-                export(out, trainer.config, trainer.averaged())
-                draw_curve(out / "loss.svg", trainer.losses)
+            if time.monotonic() - saved > save_every_s:
+                _write(trainer, out)
                 saved = time.monotonic()
+    # Also where nothing was left to train: a run may have ended between its last state and the checkpoint of it.
+    _write(trainer, out)
+
+
+def _write(trainer: Trainer, out: Path) -> None:
+    trainer.save()
+    export(out, trainer.config, trainer.averaged())
+    draw_curve(out / "loss.svg", trainer.losses)
+
+
+def _amount(least: float) -> Callable[[str], float]:
+    """A type for ``argparse``: a finite number, ``least`` or more, and more than 0."""
+
+    def parse(text: str) -> float:
+        number = float(text)
+        if not math.isfinite(number) or number <= 0 or number < least:
+            raise argparse.ArgumentTypeError(f"{text} is not {f'at least {least:g}' if least else 'above 0'}")
+        return number
+
+    parse.__name__ = "number"  # what argparse calls it where the text is none
+    return parse
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -263,8 +282,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("var/axon-tiny"), help="checkpoint folder to write")
     parser.add_argument("--run", type=Path, help="folder of the run's state and log (default: OUT with .run)")
     parser.add_argument("--init", type=Path, help="checkpoint folder to train further, instead of random weights")
-    parser.add_argument("--tokens", type=float, default=16e6, help="token budget")
-    parser.add_argument("--minutes", type=float, help="budget in minutes of training, instead of tokens")
+    parser.add_argument("--tokens", type=_amount(1), default=16e6, help="token budget")
+    parser.add_argument("--minutes", type=_amount(0), help="budget in minutes of training, instead of tokens")
     parser.add_argument("--long-share", type=float, default=0.4, help="with --init: share of steps of the full context")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0)
@@ -284,7 +303,7 @@ def main(arguments: list[str] | None = None) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     saved = (options.init or options.out) / "tokenizer.json"
     tokenizer = Tokenizer.from_file(str(saved)) if saved.exists() else train_tokenizer(options.out, CONFIG.vocab_size)
-    budget = Budget(int(options.tokens), options.minutes * 60 if options.minutes else None)
+    budget = Budget(int(options.tokens), None if options.minutes is None else options.minutes * 60)
     trainer = Trainer(
         CONFIG,
         Schedule.further(options.lr, options.long_share) if options.init else Schedule(peak_lr=options.lr),

@@ -1,14 +1,17 @@
 """llama.cpp as a peer: weights of a shape as GGUF, and its own programs to measure them.
 
 ``llama-bench`` is looked for on the PATH, or given by option; ``llama-batched-bench`` beside it. The ``gguf`` package
-comes with the ``bench`` extra.
+comes with the ``bench`` extra. What it wrote is kept in ``~/.cache/axon/gguf``, and may be deleted at any time.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,11 +19,17 @@ from typing import Any
 
 from torch import Tensor
 
+from axon_llm import __version__
 from axon_llm.bench.rows import Case
+from axon_llm.checkpoint import load
 from axon_llm.errors import AxonError, UsageError
+from axon_llm.locate import WEIGHT_FILES, locate
 from axon_llm.model import Transformer
+from axon_llm.shapes import PREFIX
 
 TYPES = ("BF16", "Q8_0", "Q4_0")
+# Our family → llama.cpp's architecture, which computes the same; it has none of its own for Mistral.
+ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 _NAMES = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
@@ -92,8 +101,50 @@ class LlamaBench:
         self.rates.setdefault(case, []).append(rate)
 
 
+def kept_gguf(name: str, kind: str = "BF16", folder: Path | None = None) -> Path:
+    """A model as GGUF, written the first time and kept under a name that changes with the model's files.
+
+    Args:
+        name: of the model, as :func:`axon_llm.checkpoint.load` takes it.
+        kind: one of :data:`TYPES`.
+        folder: where it is kept; ``~/.cache/axon/gguf``, which is the user's own, if not given.
+
+    Raises:
+        UsageError: see :func:`write_gguf`, or the folder is somebody else's.
+        ModelNotFound: there is no such model.
+    """
+    folder = folder or Path.home() / ".cache" / "axon" / "gguf"
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    status = folder.stat()
+    if status.st_uid != os.getuid() or status.st_mode & 0o022:
+        raise UsageError(f"{folder} belongs to somebody else, or others may write to it", f"Try: chmod 700 {folder}")
+    path = folder / f"{_key(name)}-{kind}.gguf"
+    if not path.is_file():
+        # Under its name only when it is whole: what an interrupted run leaves behind is never taken for the weights.
+        with tempfile.TemporaryDirectory(dir=folder) as unfinished:
+            write_gguf(load(name, device="cpu")[0], Path(unfinished) / path.name, kind)
+            (Path(unfinished) / path.name).replace(path)
+    return path
+
+
+def _key(name: str) -> str:
+    """A file name for a model: its last part, to be recognised by, and a digest of what the weights depend on."""
+    parts = [__version__]
+    if name.startswith(PREFIX):
+        last = name.removeprefix(PREFIX).lower()
+        parts.append(PREFIX + last)
+    else:
+        folder = locate(name).resolve()
+        last = folder.name
+        parts.append(str(folder))
+        for path in sorted({folder / "config.json", *(file for glob in WEIGHT_FILES for file in folder.glob(glob))}):
+            status = path.stat()
+            parts.append(f"{path.name} {status.st_mtime_ns} {status.st_size}")
+    return f"{last}-{hashlib.sha256(chr(0).join(parts).encode(errors='surrogateescape')).hexdigest()[:16]}"
+
+
 def write_gguf(model: Transformer, path: Path, kind: str = "BF16") -> None:
-    """Write a model of the Llama family as GGUF, without a tokenizer.
+    """Write a model as GGUF, without a tokenizer.
 
     Query and key rows are not permuted to llama.cpp's pairing of rotary channels: the file is for speed, not for text.
 
@@ -103,22 +154,32 @@ def write_gguf(model: Transformer, path: Path, kind: str = "BF16") -> None:
         kind: one of :data:`TYPES`.
 
     Raises:
-        UsageError: the ``gguf`` package is missing, or the model has biases or head norms.
+        UsageError: the ``gguf`` package is missing, or llama.cpp computes something else than the model: other biases
+            than its architecture has, or a sliding window.
     """
     try:
         import gguf
     except ImportError:
         raise UsageError("the gguf package is not installed", "pip install 'axon-llm[bench]'.") from None
     config = model.config
-    if config.qkv_bias or config.qk_norm or config.out_bias or config.mlp_bias or config.family != "llama":
-        raise UsageError(f"a GGUF of family {config.family!r} cannot be written", "Shapes of the Llama family can.")
-    writer = gguf.GGUFWriter(str(path), "llama")
+    architecture = ARCHITECTURES.get(config.family)
+    if config.qkv_bias != (architecture == "qwen2") or config.qk_norm != (architecture == "qwen3"):
+        architecture = None
+    if architecture is None or config.out_bias or config.mlp_bias or any(config.layer_windows):
+        raise UsageError(
+            f"a GGUF of this model (family {config.family!r}) cannot be written",
+            f"Families: {', '.join(ARCHITECTURES)}; without a sliding window, and with no other biases than Qwen2's.",
+        )
+    writer = gguf.GGUFWriter(str(path), architecture)
     writer.add_block_count(config.num_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_heads)
     writer.add_head_count_kv(config.num_kv_heads)
+    if architecture == "qwen3" or config.head_dim * config.num_heads != config.hidden_size:
+        writer.add_key_length(config.head_dim)
+        writer.add_value_length(config.head_dim)
     writer.add_rope_freq_base(config.rope.theta)
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_layer_norm_rms_eps(config.norm_eps)
@@ -148,4 +209,10 @@ def _gguf_tensors(model: Transformer) -> Iterator[tuple[str, Tensor]]:
         yield f"blk.{index}.attn_norm.weight", block.input_layernorm.weight
         yield f"blk.{index}.ffn_norm.weight", block.post_attention_layernorm.weight
         for ours, theirs in _NAMES.items():
-            yield f"blk.{index}.{theirs}.weight", block.get_submodule(ours).weight
+            linear = block.get_submodule(ours)
+            yield f"blk.{index}.{theirs}.weight", linear.weight
+            if linear.bias is not None:
+                yield f"blk.{index}.{theirs}.bias", linear.bias
+        if model.config.qk_norm:
+            yield f"blk.{index}.attn_q_norm.weight", block.self_attn.q_norm.weight
+            yield f"blk.{index}.attn_k_norm.weight", block.self_attn.k_norm.weight

@@ -39,11 +39,19 @@ class Target:
         """From what a user typed: ``/v1`` may be left out.
 
         Raises:
-            UsageError: not an http or https URL.
+            UsageError: not an http or https URL, or a key that no header can carry; the key itself is not shown.
         """
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise UsageError(f"{url!r} is not an http:// or https:// URL.")
+        try:
+            parts = urlsplit(url)
+            sound = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+            (parts.hostname or "").encode("idna")  # as the look-up of the name does; a label may be too long
+        except ValueError:  # a bracket that is not closed, a port beyond 65535
+            sound = False
+        if not sound or not _is_plain(url):
+            raise UsageError(f"{url!r} is not an http:// or https:// URL.", "Such as http://127.0.0.1:8000.")
+        if api_key and not _is_plain(api_key):
+            place = next(index for index, character in enumerate(api_key, 1) if not _is_plain(character))
+            raise UsageError(f"Character {place} of the API key is not printable ASCII.", "Was it copied whole?")
         path = parts.path.rstrip("/")
         return cls(f"{parts.scheme}://{parts.netloc}{path if path.endswith('/v1') else path + '/v1'}", api_key)
 
@@ -117,37 +125,69 @@ async def first_model(target: Target) -> str:
     """
     try:
         async with asyncio.timeout(10):
-            text = "".join([line async for line in _lines(target, "GET", "/models", None)])
+            text = b"".join([line async for line in _lines(target, "GET", "/models", None)])
         return str(json.loads(text)["data"][0]["id"])
     except (OSError, TimeoutError, h11.ProtocolError, _RefusedError) as error:
         raise ServiceUnavailable(
             f"{target.base_url} does not list its models: {str(error) or type(error).__name__}."
         ) from error
-    except (ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError, RecursionError):
         raise ServiceUnavailable(f"{target.base_url} lists no model.", "Is a worker running?") from None
 
 
 class _RefusedError(Exception):
-    """The server answered with an error, or not at all."""
+    """The server answered with an error, with what cannot be read, or not at all."""
 
 
-def _take(sample: Sample, line: str) -> None:
+def _is_plain(text: str) -> bool:
+    """Whether a request's head may hold it: printable ASCII without spaces."""
+    return all("!" <= character <= "~" for character in text)
+
+
+def _take(sample: Sample, line: bytes) -> None:
     now = time.monotonic()
-    if not line.startswith("data:") or line.startswith("data: [DONE]"):
+    if not line.startswith(b"data:") or line.startswith(b"data: [DONE]"):
         return
-    chunk = json.loads(line[5:])
-    if "error" in chunk:
-        raise _RefusedError(str(chunk["error"].get("message", "error in the stream")))
-    for choice in chunk.get("choices") or ():
-        if choice.get("text") or (choice.get("delta") or {}).get("content"):
+    try:
+        chunk = json.loads(line[5:])
+    except (ValueError, RecursionError):  # not JSON, not UTF-8, or a thousand brackets deep
+        chunk = None
+    choices = (chunk.get("choices") or []) if isinstance(chunk, dict) else None
+    if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices):
+        raise _RefusedError(f"not a chunk of a completion: {_beginning(line)}")
+    if error := chunk.get("error"):  # some servers write "error": null into every chunk
+        raise _RefusedError(_message_of(error) or "error in the stream")
+    for choice in choices:
+        if choice.get("text") or _within(choice, "delta").get("content"):
             sample.chunks.append(now)
-    if usage := chunk.get("usage"):
-        sample.prompt_tokens = usage.get("prompt_tokens", 0)
-        sample.output_tokens = usage.get("completion_tokens", 0)
-        sample.cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
+    if usage := _within(chunk, "usage"):
+        sample.prompt_tokens = _count(usage, "prompt_tokens")
+        sample.output_tokens = _count(usage, "completion_tokens")
+        sample.cached_tokens = _count(_within(usage, "prompt_tokens_details"), "cached_tokens")
 
 
-async def _lines(target: Target, method: str, path: str, body: dict[str, Any] | None) -> AsyncIterator[str]:
+def _within(holder: dict[str, Any], name: str) -> dict[str, Any]:
+    """The object of that name; an empty one where there is none."""
+    found = holder.get(name)
+    return found if isinstance(found, dict) else {}
+
+
+def _count(usage: dict[str, Any], name: str) -> int:
+    """A number of tokens; 0 where the server sent none."""
+    found = usage.get(name)
+    return found if type(found) is int and found > 0 else 0
+
+
+def _message_of(error: Any) -> str:
+    """What an ``error`` says: OpenAI's object with a ``message``, or the text itself."""
+    return str(error.get("message") or "") if isinstance(error, dict) else str(error)
+
+
+def _beginning(text: bytes) -> str:
+    return text[:200].decode(errors="replace")
+
+
+async def _lines(target: Target, method: str, path: str, body: dict[str, Any] | None) -> AsyncIterator[bytes]:
     """The lines of the answer's body as they come."""
     url = urlsplit(target.base_url)
     secure = ssl.create_default_context() if url.scheme == "https" else None
@@ -177,22 +217,23 @@ async def _lines(target: Target, method: str, path: str, body: dict[str, Any] | 
             elif isinstance(event, h11.Response):
                 status = event.status_code
             elif isinstance(event, h11.Data):
-                *lines, pending = (pending + bytes(event.data)).split(b"\n")
-                if status == 200:
+                pending += bytes(event.data)
+                if status == 200:  # the body of a refusal is read whole
+                    *lines, pending = pending.split(b"\n")
                     for line in lines:
-                        yield line.decode()
+                        yield line
             elif isinstance(event, h11.EndOfMessage):
                 break
         if status != 200:
             raise _RefusedError(f"HTTP {status}: {_message(pending)}")
         if pending:
-            yield pending.decode()
+            yield pending
     finally:
         writer.close()
 
 
 def _message(body: bytes) -> str:
     try:
-        return str(json.loads(body)["error"]["message"])
-    except (ValueError, LookupError, TypeError):
-        return body[:200].decode(errors="replace")
+        return _message_of(json.loads(body)["error"]) or _beginning(body)
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return _beginning(body)

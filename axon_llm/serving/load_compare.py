@@ -23,12 +23,14 @@ async def compare(
     *,
     request_rate: float = math.inf,
     max_concurrency: int | None = None,
+    burstiness: float = 1.0,
     warm_ups: int = 2,
 ) -> dict[str, Any]:
     """The same load on both; each server is asked for the first model that it lists.
 
     Returns:
-        for p50 and p99 of TTFT and TPOT, in milliseconds: ``here``, ``against``, and what the first ``added``.
+        for p50 and p99 of TTFT and TPOT, in milliseconds: ``here``, ``against``, and what the first ``added``; ``None``
+        where a side answered nothing.
 
     Raises:
         ServiceUnavailable: one of them does not list its models.
@@ -40,7 +42,9 @@ async def compare(
         for side, (server, model) in enumerate(servers):
             number = math.ceil(workload.num_prompts / blocks) if block >= 0 else warm_ups
             part = replace(workload, model=model, num_prompts=number, seed=workload.seed + block)
-            run = await run_load(server, part, request_rate=request_rate, max_concurrency=max_concurrency)
+            run = await run_load(
+                server, part, request_rate=request_rate, max_concurrency=max_concurrency, burstiness=burstiness
+            )
             if block >= 0:
                 samples[side].extend(run.samples)
     result: dict[str, Any] = {
@@ -53,6 +57,7 @@ async def compare(
     for name in ("ttft", "tpot"):
         values = [[1e3 * v for s in side if (v := getattr(s, f"{name}_s")) is not None] for side in good]
         for percent in (50, 99):
-            mine, its = (percentile(side, percent) for side in values)
-            result[f"p{percent}_{name}_ms"] = {"here": mine, "against": its, "added": mine - its}
+            mine, its = (percentile(side, percent) if side else None for side in values)
+            added = mine - its if mine is not None and its is not None else None
+            result[f"p{percent}_{name}_ms"] = {"here": mine, "against": its, "added": added}
     return result

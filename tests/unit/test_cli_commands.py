@@ -132,6 +132,14 @@ def test_inspect_fits_nothing_into_less_memory_than_the_weights_take() -> None:
     assert {entry["sequences"] for entry in report["fits"]} == {0}
 
 
+@pytest.mark.parametrize("memory", ["9" * 400, "9" * 300 + "TiB", "0", "-1GiB", "nan", "1 KiB"])
+def test_inspect_refuses_what_is_no_amount_of_memory(memory: str) -> None:
+    result = axon("inspect", "random:tiny", "--memory", memory)
+    assert result.code == 2
+    assert result.err.startswith("axon: error: ")
+    assert "16GiB" in result.err
+
+
 def test_inspect_shows_the_same_figures_to_people() -> None:
     shown = axon("inspect", "random:llama-3.2-1b").out
     assert "1.24 B parameters" in shown

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import pty
+import shlex
 import struct
 import subprocess
 import sys
@@ -70,6 +72,7 @@ def is_one_clear_line(result: Result, code: int) -> bool:
         (("bench", "-o", "xml"), b"", "xml"),
         (("bench", "-n", "4000"), b"", "context of 2048"),
         (("bench", "-r", "0"), b"", "repetitions"),
+        (("bench", "--threads", "100000"), b"", "threads"),
         (("chat", "-n", "0"), b"hi\n", "max_tokens"),
         (("chat",), b"caf\xe9\n", "line 1 of standard input is not UTF-8"),
         (("chat",), b"x" * 5000, "the context holds 2048"),
@@ -196,6 +199,12 @@ def test_help_about_an_unknown_command_is_exit_code_2() -> None:
     assert is_one_clear_line(axon("help", "nonsense"), 2)
 
 
+CPU_FULL = (
+    "[enforce fail at alloc_cpu.cpp:1] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096 bytes."
+)
+GPU_FULL = "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 1.00 GiB"
+
+
 def raises(error: BaseException) -> object:
     def command(*_: object) -> int:
         raise error
@@ -210,6 +219,11 @@ def raises(error: BaseException) -> object:
         (KeyboardInterrupt(), 130, ""),
         (PermissionError(13, "Permission denied", "/root/picture.svg"), 1, "/root/picture.svg: Permission denied"),
         (RuntimeError("two\nlines"), 1, "RuntimeError: two lines"),
+        (MemoryError(), 1, "not enough memory\naxon: hint: A smaller --max-seq-len"),
+        (RuntimeError(CPU_FULL), 1, "not enough memory for 4096 bytes\naxon: hint: A smaller --max-seq-len"),
+        (torch.OutOfMemoryError(GPU_FULL), 1, "not enough memory for 2.50 GiB\naxon: hint: A smaller --max-seq-len"),
+        (RuntimeError("mmap: Cannot allocate memory"), 1, "not enough memory\naxon: hint: A smaller --max-seq-len"),
+        (OSError(12, "Cannot allocate memory"), 1, "Cannot allocate memory\naxon: hint: A smaller --max-seq-len"),
     ],
 )
 def test_every_kind_of_failure_has_its_exit_code(
@@ -252,3 +266,72 @@ def test_a_reader_that_had_enough_makes_no_noise() -> None:
     assert running.stderr.read() == b""
     running.stderr.close()
     assert running.wait() == 0
+
+
+def without(closed: str, *words: str, **variables: str) -> subprocess.CompletedProcess[bytes]:
+    """Run ``axon`` from a shell that closes some of its streams, such as ``>&-``."""
+    command = f'exec {shlex.quote(sys.executable)} -m cli.main "$@" {closed}'
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
+    return subprocess.run(
+        ["bash", "-c", command, "axon", *words], cwd=ROOT, env=environment, capture_output=True, check=False
+    )
+
+
+@pytest.mark.parametrize(
+    ("closed", "words", "code"),
+    [
+        (">&-", ("generate", "hi", *TINY, "-n", "2"), 0),
+        (">&-", ("inspect", "random:tiny"), 0),
+        (">&-", ("--version",), 0),
+        (">&-", ("bogus",), 2),
+        ("2>&-", ("bogus",), 2),
+        (">&- 2>&-", ("bogus",), 2),
+        ("<&-", ("chat", *TINY), 0),
+        ("<&-", ("generate", *TINY), 2),
+        ("<&- >&- 2>&-", ("generate", "hi", *TINY, "-n", "2"), 0),
+    ],
+)
+def test_a_standard_stream_that_is_closed_is_as_if_nobody_read_it(
+    closed: str, words: tuple[str, ...], code: int
+) -> None:
+    done = without(closed, *words)
+    assert done.returncode == code, done
+    assert done.stdout == b""
+    lines = done.stderr.decode().splitlines()
+    assert all(line.startswith(("axon: error: ", "axon: hint: ")) for line in lines), done
+    assert bool(lines) == (code != 0 and "2>&-" not in closed)
+
+
+def test_what_is_opened_later_does_not_take_the_place_of_a_closed_stream() -> None:
+    code = (
+        "import os; from cli.main import main; main(['--version']); print(min(os.pipe()) > 2, file=os.fdopen(3, 'w'))"
+    )
+    command = f"exec {shlex.quote(sys.executable)} -c {shlex.quote(code)} 3>&1 <&- >&- 2>&-"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, check=True)
+    assert done.stdout == b"True\n"
+
+
+def test_what_the_terminals_encoding_lacks_is_a_question_mark() -> None:
+    for words in (("compare", *TINY, "-n", "4"), ("generate", "hi", *TINY, "-n", "200", "--seed", "1", "-t", "2")):
+        done = without("", *words, PYTHONIOENCODING="ascii")
+        assert done.returncode == 0, done.stderr
+        assert b"?" in done.stdout
+        assert done.stdout.isascii()
+
+
+def test_a_chat_prompts_on_a_terminal_of_any_encoding() -> None:
+    master, slave = pty.openpty()
+    running = subprocess.Popen(
+        [sys.executable, "-m", "cli.main", "chat", *TINY],
+        cwd=ROOT,
+        stdin=slave,
+        stdout=slave,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "latin-1", "TERM": "dumb"},
+    )
+    os.close(slave)
+    os.write(master, b"/exit\n")
+    _, err = running.communicate(timeout=120)
+    os.close(master)
+    assert running.returncode == 0, err
+    assert b"error" not in err

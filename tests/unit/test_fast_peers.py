@@ -1,14 +1,17 @@
 """Writing weights for a peer, running it, and the ratios: with a stand-in for llama-bench."""
 
 import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from axon_llm.bench.llama_cpp import LlamaBench, write_gguf
+from axon_llm.bench import llama_cpp
+from axon_llm.bench.llama_cpp import LlamaBench, kept_gguf, write_gguf
 from axon_llm.bench.peers import ratios
 from axon_llm.bench.quality import compare
 from axon_llm.bench.rows import Case, Row
@@ -16,7 +19,7 @@ from axon_llm.bench.torch_peers import GptFast, TransformersStatic
 from axon_llm.checkpoint import random_model
 from axon_llm.config import ModelConfig
 from axon_llm.errors import AxonError, UsageError
-from axon_llm.shapes import shape_config
+from axon_llm.shapes import SHAPES, shape_config
 
 CASE = Case("tg", 4, depth=8)
 
@@ -88,6 +91,111 @@ def test_a_gguf_of_another_family_is_refused(tmp_path: Path) -> None:
     object.__setattr__(model.config, "family", "qwen3")
     with pytest.raises(UsageError, match="qwen3"):
         write_gguf(model, tmp_path / "x.gguf")
+
+
+@pytest.mark.parametrize(
+    ("family", "architecture", "more"),
+    [
+        ("qwen2", "qwen2", {}),
+        ("qwen3", "qwen3", {"head_dim": 24}),
+        ("mistral", "llama", {"sliding_window": None}),
+        ("llama", "llama", {"head_dim": 24}),
+    ],
+)
+def test_a_gguf_has_what_its_family_computes_with(
+    tmp_path: Path, family: str, architecture: str, more: dict[str, Any]
+) -> None:
+    gguf = pytest.importorskip("gguf", reason="the bench extra is not installed")
+    raw = {**SHAPES["tiny"], "model_type": family, "hidden_size": 64, **more}
+    config = ModelConfig.from_dict(raw)
+    model = random_model(config, torch.device("cpu"), torch.bfloat16)
+    write_gguf(model, tmp_path / "x.gguf")
+    reader = gguf.GGUFReader(tmp_path / "x.gguf")
+    assert reader.get_field("general.architecture").contents() == architecture
+    lengths = [reader.get_field(f"{architecture}.attention.{name}_length") for name in ("key", "value")]
+    assert [field and field.contents() for field in lengths] == [more.get("head_dim")] * 2
+    tensors = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in reader.tensors}
+    attention = model.layers[1].self_attn
+    biases = {f"attn_{letter}.bias": getattr(attention, f"{letter}_proj").bias for letter in "qkv"}
+    norms = {f"attn_{letter}_norm.weight": getattr(attention, f"{letter}_norm") for letter in "qk"}
+    expected = biases if family == "qwen2" else {}
+    expected |= {name: norm.weight for name, norm in norms.items()} if family == "qwen3" else {}
+    for name, weight in expected.items():
+        assert torch.equal(tensors[f"blk.1.{name}"], weight.float()), name
+    assert len(tensors) == 2 + (9 + len(expected)) * config.num_layers
+
+
+def test_a_gguf_of_a_model_with_a_sliding_window_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("gguf", reason="the bench extra is not installed")
+    config = ModelConfig.from_dict({**SHAPES["tiny"], "model_type": "mistral", "sliding_window": 16})
+    with pytest.raises(UsageError, match="mistral"):
+        write_gguf(random_model(config, torch.device("cpu"), torch.bfloat16), tmp_path / "x.gguf")
+
+
+@pytest.fixture
+def written(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The models that were written as GGUF, each file holding its model's name."""
+    names: list[str] = []
+
+    def write(model: Any, path: Path, kind: str) -> None:
+        path.write_text(model)
+        names.append(model)
+
+    monkeypatch.setattr(llama_cpp, "load", lambda name, device: (name, None))
+    monkeypatch.setattr(llama_cpp, "write_gguf", write)
+    return names
+
+
+def checkpoint(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(b"weights")
+    return folder
+
+
+def test_a_gguf_is_written_once_for_a_shape_and_a_precision(tmp_path: Path, written: list[str]) -> None:
+    folder = tmp_path / "kept"
+    first = kept_gguf("random:tiny", "Q8_0", folder)
+    assert kept_gguf("random:TINY", "Q8_0", folder) == first
+    assert written == ["random:tiny"]
+    assert len({first, kept_gguf("random:tiny", "Q4_0", folder), kept_gguf("random:llama-2-7b", "Q8_0", folder)}) == 3
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+
+
+def test_a_gguf_is_of_the_folder_that_is_meant_and_of_what_is_in_it_now(
+    tmp_path: Path, written: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = []
+    for parent in ("one", "other"):
+        checkpoint(tmp_path / parent / "model")
+        monkeypatch.chdir(tmp_path / parent)
+        kept.append(kept_gguf("model", folder=tmp_path / "kept"))
+    assert kept_gguf(str(tmp_path / "one" / "model"), folder=tmp_path / "kept") == kept[0]
+    (tmp_path / "one" / "model" / "model.safetensors").write_bytes(b"other weights")
+    kept.append(kept_gguf(str(tmp_path / "one" / "model"), folder=tmp_path / "kept"))
+    assert len(set(kept)) == len(written) == 3
+
+
+def test_a_gguf_that_was_not_written_to_its_end_is_not_used(
+    tmp_path: Path, written: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(model: Any, path: Path, kind: str) -> None:
+        path.write_text("the first half")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(llama_cpp, "write_gguf", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            kept_gguf("random:tiny", folder=tmp_path / "kept")
+    assert list((tmp_path / "kept").iterdir()) == []
+    assert kept_gguf("random:tiny", folder=tmp_path / "kept").read_text() == "random:tiny"
+
+
+def test_a_gguf_is_not_taken_from_a_folder_that_others_may_write_to(tmp_path: Path, written: list[str]) -> None:
+    tmp_path.chmod(0o777)
+    with pytest.raises(UsageError, match="others may write"):
+        kept_gguf("random:tiny", folder=tmp_path)
+    assert written == []
 
 
 def test_quality_figures_are_zero_for_the_same_logits_and_grow_with_the_error() -> None:

@@ -1,16 +1,21 @@
 import asyncio
+import json
 import math
+import re
 import statistics
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from axon_llm.errors import UsageError
+from axon_llm.errors import ServiceUnavailable, UsageError
+from axon_llm.serving import load_compare
 from axon_llm.serving.load import Run, Workload, arrivals
 from axon_llm.serving.load_client import Sample, Target, first_model, measure
 from axon_llm.serving.load_picture import draw_run, draw_sweep
 from axon_llm.serving.load_report import Objective, percentile, report
+from tests.unit.terminal import axon
 
 
 def sample(due: float, ttft_s: float, gaps_s: list[float], error: str = "") -> Sample:
@@ -111,10 +116,20 @@ def test_v1_may_be_left_out(typed: str, meant: str) -> None:
 
 
 def test_what_is_no_url_is_refused_and_a_key_is_not_shown() -> None:
-    for bad in ("h:1", "ftp://h", "http://"):
-        with pytest.raises(UsageError):
+    label = "a" * 64  # of a name; 63 is the most
+    ports = ("http://127.0.0.1:99999", "http://h:0", "http://h:x")
+    for bad in ("h:1", "ftp://h", "http://", "http://[::1", *ports, f"http://{label}", "http://h/é", "http://h/ v1"):
+        with pytest.raises(UsageError) as refused:
             Target.of(bad)
+        assert repr(bad) in refused.value.message
     assert "secret" not in repr(Target.of("http://h", "secret"))
+
+
+@pytest.mark.parametrize("key", ["secre\xe9", "secre\n", "secre t"])
+def test_a_key_that_no_header_can_carry_is_refused_and_not_shown(key: str) -> None:
+    with pytest.raises(UsageError, match="Character 6 of the API key") as refused:
+        Target.of("http://h", key)
+    assert "secre" not in refused.value.message + refused.value.hint
 
 
 def serve_once(answer: bytes, pieces: int) -> tuple[Sample, str]:
@@ -172,3 +187,117 @@ def test_a_stream_is_read_whatever_pieces_it_comes_in(pieces: int) -> None:
 def test_whatever_a_server_does_wrong_is_in_the_sample(answer: bytes, error: str) -> None:
     got, _ = serve_once(answer, 1)
     assert error in got.error, got.error
+
+
+def stream(*chunks: bytes) -> bytes:
+    """An answer of these chunks."""
+    body = b"".join(b"data: " + chunk + b"\n\n" for chunk in chunks)
+    return b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(body) + body
+
+
+@pytest.mark.parametrize(
+    ("chunk", "error"),
+    [
+        (b"oops", "not a chunk of a completion: data: oops"),
+        (b"5", "not a chunk of a completion: data: 5"),
+        (b"null", "not a chunk of a completion"),
+        (b'{"choices":[{"text":"caf\xe9"}]}', "not a chunk of a completion"),
+        (b'{"choices":["a"]}', "not a chunk of a completion"),
+        (b'{"choices":7}', "not a chunk of a completion"),
+        (b"[" * 100_000, "not a chunk of a completion"),
+        (b'{"error":"overloaded"}', "overloaded"),
+        (b'{"error":{"message":null}}', "error in the stream"),
+        (b'{"error":["slow"]}', "slow"),
+    ],
+)
+def test_a_chunk_that_cannot_be_read_fails_its_request_alone(chunk: bytes, error: str) -> None:
+    got, _ = serve_once(stream(b'{"choices":[{"text":"a"}]}', chunk), 1)
+    assert error in got.error, got.error
+    assert len(got.error) < 300
+
+
+@pytest.mark.parametrize(
+    ("body", "shown"),
+    [
+        (b'{"error":"overloaded"}', "overloaded"),
+        (b'{\n  "error": {\n    "message": "overloaded"\n  }\n}\n', "overloaded"),
+        (b"overloaded\n", "overloaded\n"),
+        (b"[" * 50_000, "[" * 200),
+    ],
+)
+def test_a_refusal_is_shown_whatever_its_form(body: bytes, shown: str) -> None:
+    got, _ = serve_once(b"HTTP/1.1 503 X\r\ncontent-length: %d\r\n\r\n" % len(body) + body, 1)
+    assert got.error == f"HTTP 503: {shown}"
+
+
+@pytest.mark.parametrize(
+    "usage",
+    [
+        b"null",
+        b"5",
+        b"{}",
+        b'{"prompt_tokens":null,"completion_tokens":null,"prompt_tokens_details":{"cached_tokens":null}}',
+        b'{"prompt_tokens":"7","completion_tokens":1.5,"prompt_tokens_details":3}',
+        b'{"prompt_tokens":-7,"completion_tokens":true,"prompt_tokens_details":{"cached_tokens":[]}}',
+    ],
+)
+def test_what_is_null_or_no_number_counts_as_not_sent(usage: bytes) -> None:
+    text = b'{"error":null,"choices":[{"text":"a","delta":null}],"usage":null}'
+    got, _ = serve_once(stream(text, text, b'{"choices":null,"usage":%s}' % usage), 1)
+    assert got.error == ""
+    assert (got.prompt_tokens, got.output_tokens, got.cached_tokens) == (0, 2, 0)
+    assert report(run_of(got), Objective(), base_url="http://x/v1")["total_output_tokens"] == 2
+
+
+def test_a_server_that_lists_what_is_no_model_lists_none() -> None:
+    for body in (b'{"data":[]}', b'{"data":5}', b'{"data":"caf\xe9"}', b'["data"' + b"[" * 50_000):
+        with pytest.raises(ServiceUnavailable, match="lists no model"):
+            serve_once(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(body) + body, 1)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("-c", "inf"), "--max-concurrency"),
+        (("-c", "0.5"), "--max-concurrency"),
+        (("-c", "1,0"), "--max-concurrency"),
+        (("-c", ""), "--max-concurrency"),
+        (("--request-rate", "nan"), "--request-rate"),
+        (("--request-rate", "5", "--burstiness", "inf"), "--burstiness"),
+        (("--request-rate", "5", "--burstiness", "nan"), "--burstiness"),
+        (("-t", "nan"), "--temperature"),
+        (("--timeout", "inf"), "--timeout"),
+    ],
+)
+def test_a_load_that_nobody_can_make_is_a_usage_error(words: tuple[str, ...], says: str) -> None:
+    result = axon("load", "http://127.0.0.1:9", "-m", "x", *words)
+    assert result.code == 2
+    assert says in result.err
+
+
+def test_a_key_file_that_is_no_text_is_a_usage_error(tmp_path: Path) -> None:
+    (tmp_path / "key").write_bytes(b"\xff\xfe")
+    result = axon("load", "http://127.0.0.1:9", "-m", "x", "--api-key-file", str(tmp_path / "key"))
+    assert result.code == 2
+    assert "not text" in result.err
+
+
+def test_a_comparison_with_a_server_that_fails_is_null_where_there_is_nothing_to_compare(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def run_load(target: Target, workload: Workload, **_: object) -> Run:
+        broken = "down" if target.base_url == "http://there/v1" else ""
+        return run_of(*(sample(0.0, 0.1, [0.02], error=broken) for _ in range(workload.num_prompts)))
+
+    async def model(target: Target) -> str:
+        return "m"
+
+    monkeypatch.setattr(load_compare, "run_load", run_load)
+    monkeypatch.setattr(load_compare, "first_model", model)
+    words = ("load", "http://here", "-m", "m", "-n", "3", "--against", "http://there")
+    result = axon(*words, "--json")
+    assert result.code == 1
+    found = json.loads(result.out, parse_constant=pytest.fail)  # NaN is no JSON
+    assert found["p50_ttft_ms"] == {"here": pytest.approx(100.0), "against": None, "added": None}
+    assert (found["completed"], found["failed"]) == ([3, 0], [0, 3])
+    assert re.search(r"p50_ttft_ms +100\.00 +- +-\n", axon(*words).out)

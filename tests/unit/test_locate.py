@@ -30,7 +30,10 @@ def test_the_shipped_model_is_found_by_its_name() -> None:
     assert locate("axon-tiny") == shipped_folder() / "axon-tiny"
 
 
-@pytest.mark.parametrize("name", ["", "nope", "../../etc", "a/b/c", "org/..", "org/na me", "/no/such/place", "hf:x"])
+@pytest.mark.parametrize(
+    "name",
+    ["", "nope", "../../etc", "a/b/c", "org/..", "org/na me", "/no/such/place", "hf:x", "~nobody-of-that-name/x"],
+)
 def test_an_unknown_name_is_an_error_that_lists_what_is_there(name: str) -> None:
     with pytest.raises(ModelNotFound) as caught:
         locate(name)

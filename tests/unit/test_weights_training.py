@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 
 from axon_llm import load
 from axon_llm.layers import attention
+from weights import evaluate as evaluation
 from weights import train as recipe
 from weights.corpus import RECALL_WEIGHT, USER_WEIGHT, batch, dialogue_text, encode
 from weights.dialogues import conversation, render
@@ -74,6 +75,45 @@ def test_a_resumed_run_is_the_unbroken_run(tokenizer, tmp_path):
     assert resumed.losses == whole.losses
     for left, right in zip(whole.average, resumed.average, strict=True):
         torch.testing.assert_close(left, right, rtol=0, atol=0)
+
+
+def test_a_run_that_ended_between_its_last_state_and_the_checkpoint_writes_it_when_started_again(tokenizer, tmp_path):
+    run, out = tmp_path / "run", tmp_path / "out"
+    run.mkdir()
+    out.mkdir()
+    ended = trainer(run, 2 * 512)
+    while ended.spent < 1:
+        ended.train_step(tokenizer)
+    ended.save()
+    again = trainer(run, 2 * 512)
+    assert again.resume()
+    recipe.train(again, tokenizer, out)
+    assert again.step == ended.step
+    assert {"config.json", "model.safetensors", "loss.svg"} <= {path.name for path in out.iterdir()}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("--minutes", "0"), ("--minutes", "nan"), ("--tokens", "0"), ("--tokens", "0.5"), ("--tokens", "inf")],
+)
+def test_a_budget_of_nothing_or_without_end_is_refused(words, tmp_path, capsys):
+    with pytest.raises(SystemExit) as refused:
+        recipe.main(["--out", str(tmp_path / "model"), *words])
+    assert refused.value.code == 2
+    assert f"argument {words[0]}: {words[1]} is not" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_evaluation_loads_the_model_where_it_makes_its_tokens(folder, monkeypatch):
+    class LoadedError(Exception):
+        pass
+
+    def loading(path, device=None):
+        raise LoadedError(device)
+
+    monkeypatch.setattr(evaluation, "load", loading)
+    with pytest.raises(LoadedError, match="cpu"):
+        evaluation.evaluate(folder, 1, 1, print)
 
 
 def test_training_leaves_the_serving_attention_as_it_was():
