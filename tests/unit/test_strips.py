@@ -702,6 +702,27 @@ def test_a_step_is_the_same_whatever_the_number_of_threads(
 
 
 @kernels
+def test_a_step_is_the_same_beside_busy_neighbours(threads: Callable[[int], None]) -> None:
+    model = accelerate(random_model(CONFIG, torch.bfloat16))
+    ids, positions = torch.randint(0, CONFIG.vocab_size, (1, 3)), torch.arange(3)[None]
+
+    def scores() -> torch.Tensor:
+        return model(ids, positions, KVCache(CONFIG, slots=1, max_seq_len=80, dtype=torch.bfloat16))
+
+    expected = scores()
+    threads(4)
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(3)]
+    try:
+        assert all(
+            torch.equal(scores(), expected) for _ in range(50)
+        )  # threads wait asleep for each other now and then
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+
+
+@kernels
 def test_a_failure_on_any_thread_is_raised_and_the_next_step_is_right(threads: Callable[[int], None]) -> None:
     config = replace(CONFIG, tie_word_embeddings=True)  # whose embeddings threads gather together
     model = accelerate(random_model(config, torch.bfloat16))

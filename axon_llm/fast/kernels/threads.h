@@ -7,8 +7,15 @@
 #include <immintrin.h>
 #include <torch/csrc/stable/ops.h>
 
+#ifdef __linux__
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <algorithm>
 #include <atomic>
+#include <climits>
 #include <cstdint>
 #include <exception>
 #include <thread>
@@ -41,6 +48,62 @@ class Pieces {
   const int64_t count_, least_, threads_;
 };
 
+// A number that threads wait for: they look at it for longer than most parts of a step take, and then sleep. Looking on
+// and yielding would hand the processor to a busy neighbour for milliseconds, many times a step. Where there is such a
+// neighbour they sleep almost at once: whoever sleeps much is woken before it, whoever looks on has to wait for it.
+class Awaited {
+ public:
+  int32_t value() const { return value_.load(std::memory_order_acquire); }
+  // While nobody waits.
+  void begin(int32_t value) { value_.store(value, std::memory_order_relaxed); }
+
+  void set(int32_t value) {
+    value_.store(value);
+    wake();
+  }
+  void add(int32_t count) {
+    value_.fetch_add(count);
+    wake();
+  }
+
+  // Returns when come(value).
+  void until(const auto& come) {
+    const uint64_t begun = __rdtsc();
+    int patience = begun < crowded_until_.load(std::memory_order_relaxed) ? 100 : 5000;  // the latter 0.1 to 0.3 ms
+    for (; patience > 0 && !come(value()); patience--) _mm_pause();
+    if (patience == 0) {
+      asleep_.fetch_add(1);
+      for (int32_t seen; !come(seen = value());) sleep(seen);
+      asleep_.fetch_sub(1);
+    }
+    const uint64_t now = __rdtsc();
+    if (now - begun > LONG && now < held_up_.exchange(now, std::memory_order_relaxed) + A_WHILE)
+      crowded_until_.store(now + A_WHILE, std::memory_order_relaxed);
+  }
+
+ private:
+  // In cycles. After some 2 ms somebody else had the processor; twice in a tenth of a second is a neighbour, and he is
+  // taken for granted for as long again.
+  static constexpr uint64_t LONG = 6'000'000, A_WHILE = 300'000'000;
+  static inline std::atomic<uint64_t> crowded_until_{0}, held_up_{0};
+  alignas(64) std::atomic<int32_t> value_{0};
+  std::atomic<int32_t> asleep_{0};
+
+  // For as long as the value is this one; a change that was missed in between makes it return at once.
+  void sleep([[maybe_unused]] int32_t seen) {
+#ifdef __linux__
+    syscall(SYS_futex, &value_, FUTEX_WAIT_PRIVATE, seen, nullptr, nullptr, 0);
+#else
+    std::this_thread::yield();
+#endif
+  }
+  void wake() {
+#ifdef __linux__
+    if (asleep_.load() > 0) syscall(SYS_futex, &value_, FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
+#endif
+  }
+};
+
 // PyTorch's threads, at hand for a whole step. To set them to work and to wait for them takes 5 to 10 µs, much of it
 // for fetching the code that does it: the weights that went through the caches have driven it out. The threads of a
 // team look at one number meanwhile, and it takes 2 to 4.
@@ -59,7 +122,8 @@ class Team {
     std::exception_ptr failure;  // through PyTorch it would lose its message
     torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
       if (begin > 0) return team.serve();
-      team.others_ = pieces_of(threads, end) - 1;  // parts are as large as this one, and each has a thread
+      team.others_ =
+          static_cast<int32_t>(pieces_of(threads, end)) - 1;  // parts are as large as this one, and each has a thread
       led_ = &team;
       try {
         work();
@@ -67,7 +131,7 @@ class Team {
         failure = std::current_exception();
       }
       led_ = nullptr;
-      team.task_.store(OVER, std::memory_order_release);
+      team.task_.set(OVER);
     });
     if (failure) std::rethrow_exception(failure);
   }
@@ -84,32 +148,32 @@ class Team {
   }
 
  private:
-  static constexpr int64_t OVER = -1;
+  static constexpr int32_t OVER = -1;
   static inline thread_local Team* led_ = nullptr;       // by this thread
   static inline thread_local bool within_task_ = false;  // this thread is: attention prepares its rows there
 
-  alignas(64) std::atomic<int64_t> task_{0};  // how many there have been
+  Awaited task_;  // how many there have been
   void (*call_)(const void*) = nullptr;
   const void* work_ = nullptr;
-  int64_t others_ = 0;
-  alignas(64) std::atomic<int64_t> done_{0};  // of the others, with the task
+  int32_t others_ = 0;
+  Awaited done_;  // of the others, with the task
   std::atomic<bool> failed_{false};
   std::exception_ptr failure_;
 
   void run(void (*call)(const void*), const void* work) {
     call_ = call, work_ = work;
-    done_.store(0, std::memory_order_relaxed);
+    done_.begin(0);
     failed_.store(false, std::memory_order_relaxed);
-    task_.fetch_add(1, std::memory_order_release);
+    task_.add(1);
     attempt();
-    wait_until([&] { return done_.load(std::memory_order_acquire) == others_; });
+    done_.until([&](int32_t done) { return done == others_; });
     if (failure_) std::rethrow_exception(std::exchange(failure_, nullptr));
   }
 
   void serve() {
-    for (int64_t last = 0;; done_.fetch_add(1, std::memory_order_release)) {
-      wait_until([&] { return task_.load(std::memory_order_acquire) != last; });
-      last = task_.load(std::memory_order_acquire);
+    for (int32_t last = 0;; done_.add(1)) {
+      task_.until([&](int32_t task) { return task != last; });
+      last = task_.value();
       if (last == OVER) return;
       attempt();
     }
@@ -123,15 +187,6 @@ class Team {
       if (!failed_.exchange(true)) failure_ = std::current_exception();
     }
     within_task_ = false;
-  }
-
-  // For as long as a norm takes, and longer; then others may have the processor.
-  static void wait_until(const auto& come) {
-    for (int patience = 1000; !come();)
-      if (patience > 0)
-        patience--, _mm_pause();
-      else
-        std::this_thread::yield();
   }
 };
 
