@@ -23,6 +23,7 @@ from axon_llm import __version__
 from axon_llm.bench.rows import Case
 from axon_llm.checkpoint import load
 from axon_llm.errors import AxonError, UsageError
+from axon_llm.fast import native
 from axon_llm.locate import WEIGHT_FILES, locate
 from axon_llm.model import Transformer
 from axon_llm.shapes import PREFIX
@@ -113,7 +114,7 @@ def kept_gguf(name: str, kind: str = "BF16", folder: Path | None = None) -> Path
         UsageError: see :func:`write_gguf`, or the folder is somebody else's.
         ModelNotFound: there is no such model.
     """
-    folder = folder or Path.home() / ".cache" / "axon" / "gguf"
+    folder = folder or native.user_cache() / "gguf"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     status = folder.stat()
     if status.st_uid != os.getuid() or status.st_mode & 0o022:

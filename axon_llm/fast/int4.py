@@ -8,7 +8,6 @@ Legend: R rows · K input channels · N output channels · G = K / 32 groups
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -63,12 +62,6 @@ class Int4Linear(FastLinear):
         self.register_buffer("scales", scales)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         _say_prefill_is_slow()
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int4Linear:
-        scales = self.scales  # bfloat16 whatever the model is converted to: the kernel takes nothing else
-        super()._apply(fn, recurse)
-        self.scales = scales.to(self.scales.device)
-        return self
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` ``[…, K]`` → ``[…, N]`` in x's dtype."""

@@ -11,7 +11,7 @@ Read next: ``strips.py`` (weights for our own kernels), ``replace.py``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,16 @@ class FastLinear(nn.Module):
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FastLinear:
+        # Whatever the model is converted to, kernels read scales and packed values in the types they were made in.
+        made = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in made.items():
+            converted = self._buffers[name]
+            if buffer is not None and converted is not None and converted.dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(converted.device)
+        return self
 
     @property
     def weight_bytes(self) -> int:

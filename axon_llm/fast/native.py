@@ -211,8 +211,12 @@ def _sources() -> list[Path]:
 
 
 def _kept_in() -> Path:
-    if given := os.environ.get("AXON_KERNEL_CACHE"):
-        return Path(given)
+    given = os.environ.get("AXON_KERNEL_CACHE")
+    return Path(given) if given else user_cache()
+
+
+def user_cache() -> Path:
+    """Where this user's files are kept that may be deleted at any time; it may not be there yet."""
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     if home.startswith("~"):  # a user without a home
         return Path(tempfile.gettempdir()) / f"axon-{os.getuid()}"

@@ -14,7 +14,7 @@ Legend: R rows · K input channels · N output channels · W words of a channel 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -197,12 +197,6 @@ class Int8Strips(StripLinear):
         super().__init__(strips, in_features, scale.shape[0], bias)
         # As long as whole strips are: the kernel reads 16 at a time.
         self.register_buffer("scale", F.pad(scale, (0, -scale.shape[0] % LANES)).contiguous())
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Strips:
-        scale = self.scale  # float32 whatever the model is converted to: kernels read it as such
-        super()._apply(fn, recurse)
-        self.scale = scale.to(self.scale.device)
-        return self
 
     def multiply(self, x: Tensor) -> Tensor:
         """In integers, scaled at the end."""

@@ -122,8 +122,8 @@ class Team {
     std::exception_ptr failure;  // through PyTorch it would lose its message
     torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
       if (begin > 0) return team.serve();
-      team.others_ =
-          static_cast<int32_t>(pieces_of(threads, end)) - 1;  // parts are as large as this one, and each has a thread
+      // Parts are as large as this one, and each has a thread.
+      team.others_ = static_cast<int32_t>(pieces_of(threads, end)) - 1;
       led_ = &team;
       try {
         work();
