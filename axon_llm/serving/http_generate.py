@@ -51,11 +51,10 @@ async def generate(service: Service, request: Request, *, chat: bool) -> ASGIApp
     place = await service.place(tenant, generation.model)
     try:
         submitted = await _submit(service, request, tenant, generation, idempotency_key, body)
-    except StoreUnavailable as error:
+    except BaseException as error:
         place.leave()
-        raise unavailable("The store cannot be reached; try again.", STORE_RETRY_S) from error
-    except BaseException:
-        place.leave()
+        if isinstance(error, StoreUnavailable):
+            raise unavailable("The store cannot be reached; try again.", STORE_RETRY_S) from error
         raise
     ref, created_unix_s, deadline_unix_s = submitted
     answer = Answer(ref.job_id, generation.model, created_unix_s, chat=chat, include_usage=generation.include_usage)

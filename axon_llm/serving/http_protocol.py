@@ -45,7 +45,6 @@ class StrictProtocol(H11Protocol):
     def pause_writing(self) -> None:
         """The client has not taken all. It may be slow, but not stand still: closing would wait for it."""
         super().pause_writing()
-        self._stop_unread_timer()
         self._watch_unread()
 
     def resume_writing(self) -> None:

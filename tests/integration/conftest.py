@@ -23,6 +23,15 @@ def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServ
         yield server
 
 
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[RedisServer]:
+    """A server of the test's own, to be hurt."""
+    need("redis-server")
+    with RedisServer(tmp_path / "redis") as started:
+        assert isinstance(started, RedisServer)
+        yield started
+
+
 @pytest.fixture(scope="session")
 def rabbit_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RabbitServer]:
     need("rabbitmq-server")

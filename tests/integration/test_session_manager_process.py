@@ -183,29 +183,28 @@ def test_ctrl_c_exits_with_130(process: Process) -> None:
     assert process.process.wait(10) == 130
 
 
+def given_up(process: Process) -> str:
+    """What a process logged that ended for want of Redis or the broker, and said no more than it must."""
+    assert process.process.wait(20) == 4
+    text = process.log_path.read_text()
+    assert SECRET not in text
+    assert "Traceback" not in text
+    return text
+
+
 def test_without_redis_and_broker_it_gives_up_with_4_and_one_line(real_servers: Servers, tmp_path: Path) -> None:
     away = {
         "AXON_REDIS_URL": f"redis://:{SECRET}@127.0.0.1:{free_port()}/0",
         "AXON_AMQP_URL": f"amqp://u:{SECRET}@127.0.0.1:{free_port()}/%2F",
         "AXON_START_TIMEOUT_S": "1",
     }
-    lost = Process(real_servers, tmp_path / "log", **away)
-    assert lost.process.wait(20) == 4
-    text = lost.log_path.read_text()
-    assert "Redis and the broker could not be reached" in text
-    assert SECRET not in text
-    assert "Traceback" not in text
+    assert "Redis and the broker could not be reached" in given_up(Process(real_servers, tmp_path / "log", **away))
 
 
 def test_a_wrong_password_of_redis_is_said_at_once_with_4_and_one_line(real_servers: Servers, tmp_path: Path) -> None:
     redis_server, _ = real_servers
     wrong = {"AXON_REDIS_URL": f"redis://nobody:{SECRET}@127.0.0.1:{redis_server.port}/0", "AXON_START_TIMEOUT_S": "60"}
-    refused = Process(real_servers, tmp_path / "log", **wrong)
-    assert refused.process.wait(20) == 4
-    text = refused.log_path.read_text()
-    assert "Redis refused the login" in text
-    assert SECRET not in text
-    assert "Traceback" not in text
+    assert "Redis refused the login" in given_up(Process(real_servers, tmp_path / "log", **wrong))
 
 
 def test_nothing_typed_and_no_secret_is_in_log_or_arguments(

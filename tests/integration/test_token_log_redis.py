@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +34,6 @@ from tests.integration.servers import RedisServer, TcpProxy
 
 LEASE_S = 0.6
 SILENCE_S = 0.3
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[RedisServer]:
-    """A server of the test's own, to be hurt."""
-    need("redis-server")
-    with RedisServer(tmp_path / "redis") as started:
-        assert isinstance(started, RedisServer)
-        yield started
 
 
 def quick(server: RedisServer, **changes: object) -> ServingSettings:
@@ -284,181 +274,157 @@ def test_the_outbox_hands_out_what_nobody_holds_and_forgets_what_has_ended(serve
 
 
 @in_event_loop
-async def test_a_stream_goes_on_through_lost_wakeups_and_restarts(tmp_path: Path) -> None:
-    need("redis-server")
-    with RedisServer(tmp_path / "redis") as server:
-        assert isinstance(server, RedisServer)
-        settings = quick(server, poll_s=0.2)
-        store, log, job = SessionStore(settings), TokenLog(settings), make_job()
-        await store.submit(job)
-        fence = log.claim(job, "w1").fence
-        seen: list[LogEntry] = []
+async def test_a_stream_goes_on_through_lost_wakeups_and_restarts(server: RedisServer) -> None:
+    settings = quick(server, poll_s=0.2)
+    store, log, job = SessionStore(settings), TokenLog(settings), make_job()
+    await store.submit(job)
+    fence = log.claim(job, "w1").fence
+    seen: list[LogEntry] = []
 
-        async def follow() -> None:
-            async for entry in store.stream(job.ref):
-                assert entry is not None
-                seen.append(entry)
+    async def follow() -> None:
+        async for entry in store.stream(job.ref):
+            assert entry is not None
+            seen.append(entry)
 
-        following = asyncio.create_task(follow())
-        client = redis.Redis(port=server.port)
-        for seq in range(1, 10):
-            client.execute_command("CLIENT", "KILL", "TYPE", "pubsub")
-            await asyncio.to_thread(log.emit, [Emit(job.ref, fence, entries(seq, seq))])
-            await asyncio.sleep(0.03)
-        await asyncio.to_thread(server.kill)
-        await asyncio.sleep(0.3)
-        await asyncio.to_thread(server.start)
-        await asyncio.to_thread(log.emit, [Emit(job.ref, fence, entries(10, 12, end="stop"))])
-        await following
-        assert tuple(seen) == entries(1, 12, end="stop")
-        client.close()
-        log.close()
-        await store.close()
+    following = asyncio.create_task(follow())
+    client = redis.Redis(port=server.port)
+    for seq in range(1, 10):
+        client.execute_command("CLIENT", "KILL", "TYPE", "pubsub")
+        await asyncio.to_thread(log.emit, [Emit(job.ref, fence, entries(seq, seq))])
+        await asyncio.sleep(0.03)
+    await asyncio.to_thread(server.kill)
+    await asyncio.sleep(0.3)
+    await asyncio.to_thread(server.start)
+    await asyncio.to_thread(log.emit, [Emit(job.ref, fence, entries(10, 12, end="stop"))])
+    await following
+    assert tuple(seen) == entries(1, 12, end="stop")
+    client.close()
+    log.close()
+    await store.close()
 
 
 @in_event_loop
-async def test_a_stream_that_does_not_read_holds_a_bounded_number_of_messages(tmp_path: Path) -> None:
-    need("redis-server")
-    with RedisServer(tmp_path / "redis") as server:
-        assert isinstance(server, RedisServer)
-        settings = quick(server)
-        store, log, job = SessionStore(settings), TokenLog(settings), make_job()
-        await store.submit(job)
-        fence = log.claim(job, "w1").fence
-        stream = store.stream(job.ref)
-        log.emit([Emit(job.ref, fence, entries(1, 1))])
-        assert await anext(stream) == entries(1, 1)[0]
-        for seq in range(2, 601):
-            await asyncio.to_thread(log.emit, [Emit(job.ref, fence, entries(seq, seq))])
-        [listening] = store._wakeups._streams[Keys.of(job.ref).channel(job.job_id)]
-        assert len(listening._messages) <= 256
-        await asyncio.to_thread(log.emit, [Emit(job.ref, fence, entries(601, 601, end="stop"))])
-        assert tuple([entry async for entry in stream]) == entries(2, 601, end="stop")
-        log.close()
-        await store.close()
+async def test_a_stream_that_does_not_read_holds_a_bounded_number_of_messages(server: RedisServer) -> None:
+    settings = quick(server)
+    store, log, job = SessionStore(settings), TokenLog(settings), make_job()
+    await store.submit(job)
+    fence = log.claim(job, "w1").fence
+    stream = store.stream(job.ref)
+    log.emit([Emit(job.ref, fence, entries(1, 1))])
+    assert await anext(stream) == entries(1, 1)[0]
+    for seq in range(2, 601):
+        await asyncio.to_thread(log.emit, [Emit(job.ref, fence, entries(seq, seq))])
+    [listening] = store._wakeups._streams[Keys.of(job.ref).channel(job.job_id)]
+    assert len(listening._messages) <= 256
+    await asyncio.to_thread(log.emit, [Emit(job.ref, fence, entries(601, 601, end="stop"))])
+    assert tuple([entry async for entry in stream]) == entries(2, 601, end="stop")
+    log.close()
+    await store.close()
 
 
 @in_event_loop
-async def test_a_stream_that_begins_while_redis_is_away_begins_when_it_is_back(tmp_path: Path) -> None:
-    need("redis-server")
-    with RedisServer(tmp_path / "redis") as server:
-        assert isinstance(server, RedisServer)
-        settings = quick(server, redis_timeout_s=0.3, poll_s=0.2)
-        store, log, job = SessionStore(settings), TokenLog(settings), make_job()
-        await store.submit(job)
-        await asyncio.to_thread(log.emit, [Emit(job.ref, log.claim(job, "w1").fence, entries(1, 4, end="stop"))])
-        server.pause()
-        following = asyncio.create_task(_all(store.stream(job.ref, deadline_unix_s=job.deadline_unix_s)))
-        await asyncio.sleep(1.0)
-        assert not following.done()
-        server.resume()
-        assert tuple(await following) == entries(1, 4, end="stop")
-        log.close()
-        await store.close()
+async def test_a_stream_that_begins_while_redis_is_away_begins_when_it_is_back(server: RedisServer) -> None:
+    settings = quick(server, redis_timeout_s=0.3, poll_s=0.2)
+    store, log, job = SessionStore(settings), TokenLog(settings), make_job()
+    await store.submit(job)
+    await asyncio.to_thread(log.emit, [Emit(job.ref, log.claim(job, "w1").fence, entries(1, 4, end="stop"))])
+    server.pause()
+    following = asyncio.create_task(_all(store.stream(job.ref, deadline_unix_s=job.deadline_unix_s)))
+    await asyncio.sleep(1.0)
+    assert not following.done()
+    server.resume()
+    assert tuple(await following) == entries(1, 4, end="stop")
+    log.close()
+    await store.close()
 
 
 @in_event_loop
-async def test_a_stream_of_a_job_that_redis_lost_waits_for_the_worker_that_makes_it_anew(tmp_path: Path) -> None:
-    need("redis-server")
-    with RedisServer(tmp_path / "redis") as server:
-        assert isinstance(server, RedisServer)
-        settings = quick(server, poll_s=0.2)
-        store, log, job = SessionStore(settings), TokenLog(settings), make_job()
-        await store.submit(job)
-        with redis.Redis(port=server.port) as client:
-            client.flushall()
-        following = asyncio.create_task(_all(store.stream(job.ref, deadline_unix_s=job.deadline_unix_s)))
-        await asyncio.sleep(0.3)
-        await asyncio.to_thread(log.emit, [Emit(job.ref, log.claim(job, "w1").fence, entries(1, 4, end="stop"))])
-        assert tuple(await following) == entries(1, 4, end="stop")
-        log.close()
-        await store.close()
+async def test_a_stream_of_a_job_that_redis_lost_waits_for_the_worker_that_makes_it_anew(server: RedisServer) -> None:
+    settings = quick(server, poll_s=0.2)
+    store, log, job = SessionStore(settings), TokenLog(settings), make_job()
+    await store.submit(job)
+    with redis.Redis(port=server.port) as client:
+        client.flushall()
+    following = asyncio.create_task(_all(store.stream(job.ref, deadline_unix_s=job.deadline_unix_s)))
+    await asyncio.sleep(0.3)
+    await asyncio.to_thread(log.emit, [Emit(job.ref, log.claim(job, "w1").fence, entries(1, 4, end="stop"))])
+    assert tuple(await following) == entries(1, 4, end="stop")
+    log.close()
+    await store.close()
 
 
 @in_event_loop
 async def test_a_submission_whose_reply_was_lost_is_still_the_first(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    server: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    need("redis-server")
-    with RedisServer(tmp_path / "redis") as server:
-        assert isinstance(server, RedisServer)
-        store, job = SessionStore(quick(server)), make_job(session_id="s1")
-        monkeypatch.setattr(session_store.secrets, "token_hex", lambda size: "one call")
-        assert await store.submit(job)
-        assert await store.submit(job)  # redis-py sends the same command again when a reply does not come
-        monkeypatch.setattr(session_store.secrets, "token_hex", lambda size: "another")
-        assert not await store.submit(job)
-        await store.close()
+    store, job = SessionStore(quick(server)), make_job(session_id="s1")
+    monkeypatch.setattr(session_store.secrets, "token_hex", lambda size: "one call")
+    assert await store.submit(job)
+    assert await store.submit(job)  # redis-py sends the same command again when a reply does not come
+    monkeypatch.setattr(session_store.secrets, "token_hex", lambda size: "another")
+    assert not await store.submit(job)
+    await store.close()
 
 
 @in_event_loop
 async def test_a_job_that_is_stored_after_its_submission_timed_out_is_cancelled(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    server: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    need("redis-server")
     monkeypatch.setattr(http_service, "CANCEL_PAUSE_S", 0.1)
-    with RedisServer(tmp_path / "redis") as server:
-        assert isinstance(server, RedisServer)
-        settings = SessionManagerSettings(redis_url=SecretStr(server.url()), trust="open")
-        queue = EmbeddedQueue(settings, prefetch=1)
-        service, job = Service(settings, SessionStore(settings), queue, Anybody()), make_job()
-        service.spawn(service.cancel(job.ref, may_come=True))
-        await asyncio.sleep(0.2)
-        await service.store.submit(job)
-        while (await service.store.status(job.ref)).state != "done":
-            await asyncio.sleep(0.05)
-        await service.close()
+    settings = SessionManagerSettings(redis_url=SecretStr(server.url()), trust="open")
+    queue = EmbeddedQueue(settings, prefetch=1)
+    service, job = Service(settings, SessionStore(settings), queue, Anybody()), make_job()
+    service.spawn(service.cancel(job.ref, may_come=True))
+    await asyncio.sleep(0.2)
+    await service.store.submit(job)
+    while (await service.store.status(job.ref)).state != "done":
+        await asyncio.sleep(0.05)
+    await service.close()
 
 
 @in_event_loop
-async def test_a_half_open_subscription_is_made_up_for_by_polling(tmp_path: Path) -> None:
-    need("redis-server")
-    with RedisServer(tmp_path / "redis") as server:
-        assert isinstance(server, RedisServer)
-        proxy = TcpProxy(server.port)
-        direct = quick(server)
-        store = SessionStore(settings_for(f"redis://127.0.0.1:{proxy.port}/0", "amqp://unused", poll_s=0.2))
-        log, job = TokenLog(direct), make_job()
-        await store.submit(job)
-        fence = log.claim(job, "w1").fence
-        following = asyncio.create_task(_all(store.stream(job.ref)))
-        await asyncio.sleep(0.3)
-        proxy.partition()
-        await asyncio.to_thread(log.emit, [Emit(job.ref, fence, entries(1, 4, end="stop"))])
-        await asyncio.sleep(0.5)
-        assert not following.done()
-        proxy.heal()
-        assert tuple(await following) == entries(1, 4, end="stop")
-        log.close()
-        await store.close()
-        proxy.close()
+async def test_a_half_open_subscription_is_made_up_for_by_polling(server: RedisServer) -> None:
+    proxy = TcpProxy(server.port)
+    direct = quick(server)
+    store = SessionStore(settings_for(f"redis://127.0.0.1:{proxy.port}/0", "amqp://unused", poll_s=0.2))
+    log, job = TokenLog(direct), make_job()
+    await store.submit(job)
+    fence = log.claim(job, "w1").fence
+    following = asyncio.create_task(_all(store.stream(job.ref)))
+    await asyncio.sleep(0.3)
+    proxy.partition()
+    await asyncio.to_thread(log.emit, [Emit(job.ref, fence, entries(1, 4, end="stop"))])
+    await asyncio.sleep(0.5)
+    assert not following.done()
+    proxy.heal()
+    assert tuple(await following) == entries(1, 4, end="stop")
+    log.close()
+    await store.close()
+    proxy.close()
 
 
 @in_event_loop
 async def test_a_subscription_that_has_gone_silent_is_made_anew(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    server: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    need("redis-server")
     monkeypatch.setattr(wakeups, "PING_S", 0.1)
     monkeypatch.setattr(wakeups, "SILENCE_S", 0.5)
-    with RedisServer(tmp_path / "redis") as server:
-        assert isinstance(server, RedisServer)
-        proxy = TcpProxy(server.port)
-        client = redis_client.asyncio_client(settings_for(f"redis://127.0.0.1:{proxy.port}/0", "amqp://unused"))
-        hub = wakeups.WakeUps(client)
-        with redis.Redis(port=server.port) as publisher:
-            async with hub.subscribe("axon:{x}:ch:j") as live:
-                await asyncio.wait_for(live.confirmed.wait(), 5)
-                proxy.hang()
-                assert await live.wait(5) == []  # a nudge: the connection was given up
-                heard: list[bytes] | None = None
-                while not heard:
-                    await asyncio.to_thread(publisher.publish, "axon:{x}:ch:j", "hello")
-                    heard = await live.wait(0.2)
-                assert set(heard) == {b"hello"}
-        await hub.close()
-        await client.aclose()
-        proxy.close()
+    proxy = TcpProxy(server.port)
+    client = redis_client.asyncio_client(settings_for(f"redis://127.0.0.1:{proxy.port}/0", "amqp://unused"))
+    hub = wakeups.WakeUps(client)
+    with redis.Redis(port=server.port) as publisher:
+        async with hub.subscribe("axon:{x}:ch:j") as live:
+            await asyncio.wait_for(live.confirmed.wait(), 5)
+            proxy.hang()
+            assert await live.wait(5) == []  # a nudge: the connection was given up
+            heard: list[bytes] | None = None
+            while not heard:
+                await asyncio.to_thread(publisher.publish, "axon:{x}:ch:j", "hello")
+                heard = await live.wait(0.2)
+            assert set(heard) == {b"hello"}
+    await hub.close()
+    await client.aclose()
+    proxy.close()
 
 
 async def _all(stream: object) -> list[LogEntry]:
