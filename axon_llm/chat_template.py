@@ -51,15 +51,21 @@ class ChatTemplate:
         )
         environment.filters["tojson"] = _tojson
         environment.globals["raise_exception"] = _refuse
-        environment.globals["strftime_now"] = lambda form: datetime.now().astimezone().strftime(form)
         self._special_tokens = dict(special_tokens)
         try:
             self._template = environment.from_string(source)
         except TemplateError as error:
             raise TokenizerError(f"the chat template is not valid Jinja: {error}") from None
 
-    def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> str:
+    def render(
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, now: datetime | None = None
+    ) -> str:
         """The text of a conversation, ready for the model to answer if ``add_generation_prompt``.
+
+        Args:
+            messages: each with ``role`` and ``content``.
+            add_generation_prompt: end with what an answer begins with.
+            now: the time that a template is told; this machine's own when omitted.
 
         Raises:
             RequestError: the template refuses this conversation, for example for the order of its roles.
@@ -71,6 +77,7 @@ class ChatTemplate:
                 add_generation_prompt=add_generation_prompt,
                 tools=None,
                 documents=None,
+                strftime_now=(now or datetime.now().astimezone()).strftime,
                 **self._special_tokens,
             )
         except _Refused as refusal:

@@ -46,7 +46,7 @@ def load(
         name: a folder, the name of a shipped model, a Hub id, or ``random:SHAPE`` for random weights of a named shape.
         device: such as ``"cuda"``; a GPU if there is one, else the CPU, when omitted.
         dtype: of the weights; the checkpoint's own when omitted.
-        quantize: ``"int8"`` or ``"int4"`` replaces the linear layers (see ``axon_llm.fast``).
+        quantize: ``"int8"``, ``"int4"`` or (on a GPU) ``"fp8"`` replaces the linear layers (see ``axon_llm.fast``).
         seed: of random weights.
         mapped: leave a packed checkpoint's weights where its file is mapped: ready sooner, and slower to read.
 
@@ -93,8 +93,8 @@ def load_model(
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
     if config.tie_word_embeddings:
         del expected["lm_head.weight"]  # a copy in the file, if any, is not read: the embedding is the output layer
-    wanted, stored_dtype = _match(folder, files, expected, config)
-    target = resolve_dtype(dtype, config.dtype or stored_dtype, device)
+    wanted = _match(folder, files, expected, config)
+    target = resolve_dtype(dtype, stored_dtype(folder, config), device)
     state: dict[str, Tensor] = {}
     for path, names in wanted.items():
         state |= {name: _read(path, stored_name, device, target) for name, stored_name in names.items()}
@@ -162,14 +162,18 @@ def tensor_headers(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     return headers
 
 
+def stored_dtype(folder: Path, config: ModelConfig) -> str:
+    """The type a checkpoint is stored in, by its own name: what ``config.json`` says, else that of the first tensor."""
+    return config.dtype or next((_FLOATS.get(kind, "") for kind, _ in tensor_headers(folder).values()), "")
+
+
 def _match(
     folder: Path, files: list[Path], expected: dict[str, torch.Size], config: ModelConfig
-) -> tuple[dict[Path, dict[str, str]], str]:
+) -> dict[Path, dict[str, str]]:
     """Which file holds which of the expected tensors under which name; everything that does not match is an error."""
     wanted: dict[Path, dict[str, str]] = {}
     found: set[str] = set()
     extra, misshapen = [], []
-    stored_dtype = ""
     for path in files:
         with opened(path) as file:
             for stored_name in file.keys():  # noqa: SIM118 - not a dictionary
@@ -190,7 +194,6 @@ def _match(
                 shape = tuple(part.get_shape())
                 if shape != tuple(expected[name]):
                     misshapen.append(f"{stored_name} is {list(shape)}, should be {list(expected[name])}")
-                stored_dtype = stored_dtype or _FLOATS[part.get_dtype()]
                 found.add(name)
                 wanted.setdefault(path, {})[name] = stored_name
     missing = sorted(expected.keys() - found)
@@ -200,7 +203,7 @@ def _match(
             raise CheckpointError(
                 f"{folder} {what} {', '.join(names[:3])}{more}", "Do config.json and the weights belong together?"
             )
-    return wanted, stored_dtype
+    return wanted
 
 
 def _check_tied_copy(folder: Path, files: list[Path]) -> None:

@@ -97,7 +97,7 @@ class Transformer(nn.Module):
         self.rope = Rope(config)
 
     def forward(
-        self, tokens: Tensor, positions: Tensor, cache: KVCache | None = None, only: Tensor | None = None
+        self, tokens: Tensor, positions: Tensor, cache: KVCache | None = None, logits_at: Tensor | None = None
     ) -> Tensor:
         """Score every possible next token after each new token.
 
@@ -108,15 +108,15 @@ class Transformer(nn.Module):
             tokens: new token ids, ``[B, T]`` int64.
             positions: their absolute positions in their sequences, ``[B, T]`` int64.
             cache: read, and written at ``positions``, in place; as many slots as there are rows.
-            only: score a single one of the T tokens of each row, ``[B]`` int64 (prefill needs just the last).
+            logits_at: score a single one of the T tokens of each row, ``[B]`` int64 (prefill needs just the last).
 
         Returns:
-            Logits, ``[B, T, vocab]`` float32; ``[B, 1, vocab]`` with ``only``.
+            Logits, ``[B, T, vocab]`` float32; ``[B, 1, vocab]`` with ``logits_at``.
         """
         x = self.embed_tokens(tokens)  # [B, T, hidden]
         x = self.layers(x, positions, self.rope(positions, x.dtype), cache)
-        if only is not None:
-            x = x.gather(1, only[:, None, None].expand(-1, 1, x.shape[-1]))  # [B, 1, hidden]
+        if logits_at is not None:
+            x = x.gather(1, logits_at[:, None, None].expand(-1, 1, x.shape[-1]))  # [B, 1, hidden]
         logits: Tensor = self.lm_head(self.norm(x)).float()
         return logits
 

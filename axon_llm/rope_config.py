@@ -27,7 +27,7 @@ class RopeConfig:
         beta_fast: yarn, channels with more turns than this are kept.
         beta_slow: yarn, channels with fewer turns than this are divided by ``factor``.
         truncate: yarn, round the channel range outwards to whole channels.
-        yarn_scale: yarn, factor on cosine and sine (its "attention factor").
+        attention_factor: yarn, factor on cosine and sine.
     """
 
     theta: float = 10_000.0
@@ -39,7 +39,7 @@ class RopeConfig:
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     truncate: bool = True
-    yarn_scale: float = 1.0
+    attention_factor: float = 1.0
 
 
 def read_rope(keys: Keys, max_position_embeddings: int) -> tuple[RopeConfig, int]:
@@ -124,5 +124,5 @@ def _read_yarn(rope: Keys, max_position_embeddings: int, factor: float | None) -
         "beta_fast": rope.take("beta_fast", float, None) or 32.0,
         "beta_slow": rope.take("beta_slow", float, None) or 1.0,
         "truncate": "truncate" not in rope.raw or rope.take("truncate", bool, False),  # null means no
-        "yarn_scale": ratio if given is None else given,
+        "attention_factor": ratio if given is None else given,
     }

@@ -22,6 +22,8 @@ class TokenBytes:
     Args:
         backend: the tokenizers library's object.
         added: ids of added tokens, whose names are text.
+        show_nameless: whether a token without a name, of which models have some so that their size is a round number,
+            shows as its id; otherwise it stands for nothing.
 
     Attributes:
         strips_first_space: a whole text begins with a space of the tokenizer's making (SentencePiece).
@@ -30,8 +32,8 @@ class TokenBytes:
         TokenizerError: the tokenizer's decoder is of a kind that is not known.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, added: frozenset[int]) -> None:
-        self._backend, self._added = backend, added
+    def __init__(self, backend: tokenizers.Tokenizer, added: frozenset[int], *, show_nameless: bool = False) -> None:
+        self._backend, self._added, self._show_nameless = backend, added, show_nameless
         self._known: dict[int, bytes] = {}
         decoder = json.loads(backend.to_str()).get("decoder") if backend.decoder is not None else None
         steps = [] if decoder is None else decoder.get("decoders", [decoder])
@@ -53,8 +55,8 @@ class TokenBytes:
 
     def _work_out(self, token: int) -> bytes:
         name = self._backend.id_to_token(token)
-        if name is None:  # a row of the embedding that the tokenizer has no name for
-            return f"⟨{token}⟩".encode()
+        if name is None:
+            return nameless(token).encode() if self._show_nameless else b""
         if token in self._added:
             return name.encode()
         if self._byte_level:
@@ -63,6 +65,11 @@ class TokenBytes:
         if byte := _BYTE_TOKEN.match(name):
             return bytes([int(byte[1], 16)])
         return name.replace("▁", " ").encode()
+
+
+def nameless(token: int) -> str:
+    """What to call a token that the tokenizer has no name for."""
+    return f"⟨{token}⟩"
 
 
 def _byte_alphabet() -> dict[str, int]:

@@ -12,6 +12,7 @@ import codecs
 import json
 import threading
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import tokenizers
 from axon_llm.chat_template import ChatTemplate
 from axon_llm.errors import RequestError, TokenizerError
 from axon_llm.reserved_tokens import ReservedTokens, as_special, template_marks, without_tags
-from axon_llm.token_bytes import BYTE_OF_CHARACTER, TokenBytes
+from axon_llm.token_bytes import BYTE_OF_CHARACTER, TokenBytes, nameless
 
 _SPECIAL_NAMES = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
 # Characters without a meaning: those that a conversation lacks can stand for tokens.
@@ -35,6 +36,7 @@ class Tokenizer:
         settings: the contents of ``tokenizer_config.json``.
         chat_template: Jinja source, where the checkpoint has one.
         eos_token_ids: tokens that end a sequence, besides the settings' own.
+        show_nameless: let tokens that the tokenizer has no name for show as their ids.
 
     Attributes:
         eos_token_ids: all tokens that end a sequence.
@@ -49,6 +51,7 @@ class Tokenizer:
         settings: Mapping[str, Any] | None = None,
         chat_template: str | None = None,
         eos_token_ids: Iterable[int] = (),
+        show_nameless: bool = False,
     ) -> None:
         settings = settings or {}
         self._backend = backend
@@ -72,7 +75,7 @@ class Tokenizer:
         self._reserved = ReservedTokens({**special, **marks})
         self._unsayable = ReservedTokens({**special, **without_tags(marks, self._added)})
         self._spaces = [part for part in _parts_of(backend.pre_tokenizer) if _begins_with_space(part)]
-        self._bytes = TokenBytes(backend, frozenset(self._added))
+        self._bytes = TokenBytes(backend, frozenset(self._added), show_nameless=show_nameless)
 
     @classmethod
     def from_folder(
@@ -176,8 +179,15 @@ class Tokenizer:
             raise RequestError("the text holds characters that UTF-8 cannot carry", code="invalid_text") from None
         return ids
 
-    def render_chat(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> str:
+    def render_chat(
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, now: datetime | None = None
+    ) -> str:
         """The text of a conversation by the checkpoint's template; for people to read, not to encode.
+
+        Args:
+            messages: as in ``encode_chat``, as are the others.
+            add_generation_prompt: end with what an answer begins with.
+            now: the time that the template is told.
 
         Raises:
             TokenizerError: the checkpoint has no chat template, or it fails.
@@ -185,9 +195,11 @@ class Tokenizer:
         """
         if self._template is None:
             raise TokenizerError("this model has no chat template", "Use `axon generate`, or a chat (instruct) model.")
-        return self._template.render(messages, add_generation_prompt=add_generation_prompt)
+        return self._template.render(messages, add_generation_prompt=add_generation_prompt, now=now)
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> list[int]:
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, now: datetime | None = None
+    ) -> list[int]:
         """Token ids of a conversation. Special tokens come from the template alone, never from what messages say.
 
         Where a message holds the text of one, a private-use character stands for it while the template is rendered, so
@@ -197,6 +209,7 @@ class Tokenizer:
         Args:
             messages: each with ``role`` and ``content``, as in OpenAI's interface.
             add_generation_prompt: end with what an answer begins with.
+            now: the time that the template is told, for those that write a date; this machine's own when omitted.
 
         Raises:
             TokenizerError: no chat template, or it fails.
@@ -210,7 +223,7 @@ class Tokenizer:
             for text in reserved.found_in(part)
         }
         if not said:
-            text = self.render_chat(messages, add_generation_prompt=add_generation_prompt)
+            text = self.render_chat(messages, add_generation_prompt=add_generation_prompt, now=now)
             return self._encode(text, special=False, parse_special=True)
         used = set("".join(_texts(messages)))
         free = (chr(code) for code in _PRIVATE_USE if chr(code) not in used)
@@ -221,7 +234,7 @@ class Tokenizer:
             _map_texts(message, lambda part, reserved=reserved: reserved.replaced(part, stand_ins))
             for message, reserved in zip(messages, kept, strict=True)
         ]
-        rendered = self.render_chat(replaced, add_generation_prompt=add_generation_prompt)
+        rendered = self.render_chat(replaced, add_generation_prompt=add_generation_prompt, now=now)
         back = str.maketrans({character: text for text, character in stand_ins.items()})
         ids: list[int] = []
         for part, token in self._reserved.split(rendered):
@@ -233,7 +246,7 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of a whole sequence, without its special tokens; malformed bytes become U+FFFD."""
-        stream = StreamDecoder(self, continuation=False)
+        stream = StreamDetokenizer(self, continuation=False)
         return "".join([*map(stream.push, ids), stream.flush()])
 
     def token_bytes(self, token: int) -> bytes:
@@ -242,8 +255,16 @@ class Tokenizer:
 
     def token_text(self, token: int) -> str:
         """What to call a token: its text, with U+FFFD for parts of a character, or the name of a special token."""
-        special = self._added[token].content if token in self.special_ids else None
-        return self._bytes[token].decode("utf-8", errors="replace") if special is None else special
+        if token in self.special_ids:
+            return self._added[token].content
+        if self._backend.id_to_token(token) is None:
+            return nameless(token)
+        return self._bytes[token].decode("utf-8", errors="replace")
+
+    def special_id(self, text: str) -> int | None:
+        """The special token of this name; it adds nothing to a text, so nobody will find its name in one."""
+        token: int | None = self._backend.token_to_id(text)
+        return token if token in self.special_ids else None
 
     @property
     def strips_first_space(self) -> bool:
@@ -251,7 +272,7 @@ class Tokenizer:
         return self._bytes.strips_first_space
 
 
-class StreamDecoder:
+class StreamDetokenizer:
     """Tokens in, text out, one token at a time, never half a character.
 
     Tokens cut text anywhere, also between the bytes of one character. The bytes of an unfinished character wait here
@@ -288,9 +309,9 @@ def byte_backend() -> tokenizers.Tokenizer:
 
 
 def byte_tokenizer() -> Tokenizer:
-    """A tokenizer of the 256 bytes, for random-weight models that have none of their own."""
+    """A tokenizer of the 256 bytes, for random-weight models that have none of their own, and far more tokens."""
     template = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}assistant: "
-    return Tokenizer(byte_backend(), chat_template=template)
+    return Tokenizer(byte_backend(), chat_template=template, show_nameless=True)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -58,8 +58,8 @@ def command(
     """
     from axon_llm.serving.http_settings import SessionManagerSettings
     from axon_llm.serving.serve import run
+    from axon_llm.serving.served_model import ServedModel
     from axon_llm.serving.settings import read_settings
-    from axon_llm.serving.worker_process import Decoder
 
     configure_logging(log_level)
     if api_key_file is not None:
@@ -69,10 +69,10 @@ def command(
     if settings.host not in LOOPBACK and not settings.api_key.get_secret_value():
         typer.echo(f"warning: {settings.host} can be reached from outside, and no API key is asked for", err=True)
 
-    def build() -> Decoder:
-        from axon_llm.serving.decoder import load_decoder, settle
+    def build() -> ServedModel:
+        from axon_llm.serving.model_loading import load_served_model, settle
 
-        decoder = load_decoder(
+        served = load_served_model(
             model,
             served_as=served_as,
             device=device,
@@ -83,10 +83,10 @@ def command(
             compile=compile,
         )
         settle()
-        return decoder
+        return served
 
     def on_listening(address: str, metrics_port: int) -> None:
-        from axon_llm.serving.decoder import public_name
+        from axon_llm.serving.model_loading import public_name
 
         name = served_as or public_name(model)
         typer.echo(f"axon serve: {name} on {address}/v1 (metrics on port {metrics_port}); Ctrl-C ends it", err=True)

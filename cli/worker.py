@@ -51,19 +51,20 @@ def command(
     Broker and Redis come from AXON_AMQP_URL and AXON_REDIS_URL (or a file named by …_FILE), never from options. Exits
     with code 4 if one of them is out of reach at the start for AXON_START_TIMEOUT_S; later it waits for them.
     """
+    from axon_llm.serving.served_model import ServedModel
     from axon_llm.serving.settings import read_settings
-    from axon_llm.serving.worker_process import Decoder, serve
+    from axon_llm.serving.worker_process import serve
 
     level = logging.getLevelNamesMapping().get(log_level.upper(), logging.INFO)
     logging.basicConfig(level=level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     logging.getLogger("pika").setLevel(logging.CRITICAL)  # what matters of it is said by axon.broker, in one line
     settings = read_settings(metrics_port=metrics_port)
 
-    def build() -> Decoder:
-        from axon_llm.serving.decoder import load_decoder, settle
+    def build() -> ServedModel:
+        from axon_llm.serving.model_loading import load_served_model, settle
 
         typer.echo(f"axon worker: loading {model} …", err=True)
-        decoder = load_decoder(
+        served = load_served_model(
             model,
             served_as=served_as,
             device=device,
@@ -75,6 +76,6 @@ def command(
         )
         settle()
         typer.echo(f"axon worker: {served_as or model} with {slots} slots; SIGTERM hands jobs back", err=True)
-        return decoder
+        return served
 
     serve(settings, build)

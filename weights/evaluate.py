@@ -58,7 +58,7 @@ def complete(
     for step in range(max_tokens):
         view = cache.view(length=min(-(-(T + step) // 64) * 64, cache.max_seq_len))
         last = torch.full((B,), tokens.shape[1] - 1)
-        logits = model(tokens, positions, view, only=last)[:, 0]  # [B, V]
+        logits = model(tokens, positions, view, logits_at=last)[:, 0]  # [B, V]
         tokens = _pick(logits, temperature, top_p, generator)  # [B, 1]
         positions = positions[:, -1:] + 1
         for i, token in enumerate(tokens[:, 0].tolist()):

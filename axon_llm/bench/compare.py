@@ -220,7 +220,7 @@ def _uncached_step(model: Transformer, tokens: Sequence[int]) -> Tensor:
     device = model.embed_tokens.weight.device
     last = torch.tensor([len(tokens) - 1], device=device)
     positions = torch.arange(len(tokens), device=device)[None]
-    logits: Tensor = model(torch.tensor([list(tokens)], device=device), positions, None, only=last)
+    logits: Tensor = model(torch.tensor([list(tokens)], device=device), positions, None, logits_at=last)
     return logits[:, 0]
 
 

@@ -1,4 +1,4 @@
-"""What can be served at all, and how much memory it takes: one formula for planning, allocating and refusing."""
+"""What can be served at all: how many slots fit into memory, and which requests no slot could ever hold."""
 
 from __future__ import annotations
 

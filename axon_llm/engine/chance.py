@@ -11,7 +11,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-LARGEST_RANDOM = 1 - 2.0**-40  # the most that uniform gives: times a float64 it is less than that float64
 BLOCK = 256
 
 

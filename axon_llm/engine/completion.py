@@ -6,6 +6,7 @@ difference is the work that is left: more than one token means prefill, one mean
 
 from __future__ import annotations
 
+import secrets
 import time
 
 from axon_llm.engine.events import FinishReason, Request, Timings, TokenEvent, Usage
@@ -13,6 +14,7 @@ from axon_llm.engine.sampling import Sampled
 from axon_llm.engine.slots import Slot
 from axon_llm.engine.speculate import Drafter
 from axon_llm.engine.stop import TextStream
+from axon_llm.tokenizer import StreamDetokenizer, Tokenizer
 
 
 class Completion:
@@ -33,6 +35,17 @@ class Completion:
         drafter: drafts its next tokens, where the engine speculates.
         finish_reason: why it ended; ``None`` while it lives.
     """
+
+    @classmethod
+    def of(cls, request: Request, tokenizer: Tokenizer) -> Completion:
+        """The state that a request begins with: a seed if it has none, and what it stops at."""
+        params = request.params
+        seed = secrets.randbits(63) if params.seed is None else params.seed
+        named = [token for stop in params.stop if (token := tokenizer.special_id(stop)) is not None]
+        stop_tokens = frozenset({*params.stop_token_ids, *named})
+        if not params.ignore_eos:
+            stop_tokens |= tokenizer.eos_token_ids
+        return cls(request, seed, TextStream(StreamDetokenizer(tokenizer), params.stop), stop_tokens)
 
     def __init__(self, request: Request, seed: int, text: TextStream, stop_tokens: frozenset[int]) -> None:
         self.request, self.seed = request, seed

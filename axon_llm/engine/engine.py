@@ -23,10 +23,9 @@ from axon_llm.engine.sampling import Sampler, likeliest_of
 from axon_llm.engine.scheduler import Scheduler
 from axon_llm.engine.slots import SlotTable
 from axon_llm.engine.stats import EngineStats
-from axon_llm.engine.stop import TextStream
 from axon_llm.errors import UsageError
 from axon_llm.model import Transformer
-from axon_llm.tokenizer import StreamDecoder, Tokenizer
+from axon_llm.tokenizer import Tokenizer
 
 
 class Engine:
@@ -43,7 +42,7 @@ class Engine:
         interleave_chunk: prompt tokens per step while somebody is: bounds what a new prompt delays others by. A quarter
             of what the device's size asks for when omitted.
         speculate: draft this many tokens ahead while one sequence decodes alone, and verify them in one pass; 0 for
-            not. Changes no answer.
+            not. Changes no answer but where rounding decides (see ``speculate.py``).
 
     Attributes:
         model: as given.
@@ -109,13 +108,7 @@ class Engine:
             RequestError: it can never be served; nothing was changed.
         """
         self._validate(request)
-        params = request.params
-        seed = secrets.randbits(63) if params.seed is None else params.seed
-        stop_tokens = frozenset(params.stop_token_ids)
-        if not params.ignore_eos:
-            stop_tokens |= self.tokenizer.eos_token_ids
-        text = TextStream(StreamDecoder(self.tokenizer), params.stop)
-        self._iteration.add(Completion(request, seed, text, stop_tokens))
+        self._iteration.add(Completion.of(request, self.tokenizer))
 
     def cancel(self, request_id: str) -> None:
         """Ask for a request's end; its last event comes from the next ``step``.
@@ -176,12 +169,18 @@ class Engine:
         return self._follow(request)
 
     def warm_up(self, longest: int | None = None, progress: Callable[[int, int], None] | None = None) -> None:
-        """Prepare every shape, so that no request waits for a compiler. To be called before the first request.
+        """Prepare every shape, so that no request waits for a compiler. What slots remember is lost.
 
         Args:
             longest: prepare for sequences of up to this many tokens only; for all that fit when omitted.
             progress: called after each shape with how many are done, and how many there are.
+
+        Raises:
+            UsageError: requests are running or waiting.
         """
+        if self._iteration.sequences:
+            raise UsageError("an engine is warmed up before requests come, or when none is left")
+        self._iteration.scheduler.slot_table.forget_all()
         self.runner.warm_up(longest, progress)
 
     def stats(self) -> EngineStats:
@@ -208,6 +207,7 @@ class Engine:
                 finished = event.finish_reason is not None
                 yield event
         finally:
-            del self._streams[request.id]
-            if request.id in self._iteration.sequences:  # the reader went away before the end
-                self._iteration.end(self._iteration.sequences[request.id], "cancelled")
+            if self._streams.get(request.id) is stream:  # an id that has ended may be another's by now
+                del self._streams[request.id]
+                if not finished and request.id in self._iteration.sequences:  # the reader went away before the end
+                    self._iteration.end(self._iteration.sequences[request.id], "cancelled")

@@ -47,5 +47,5 @@ def greedy(model: Transformer, prompt: Sequence[int], max_tokens: int, cache: KV
 def next_token(model: Transformer, tokens: Tensor, positions: Tensor, cache: KVCache | None) -> Tensor:
     """Run the model over the new tokens ``[1, T]`` and pick the likeliest next one, ``[1, 1]``."""
     last = torch.tensor([tokens.shape[1] - 1], device=tokens.device)
-    logits: Tensor = model(tokens, positions, cache, only=last)  # [1, 1, V]
+    logits: Tensor = model(tokens, positions, cache, logits_at=last)  # [1, 1, V]
     return logits.argmax(dim=-1)

@@ -108,7 +108,7 @@ class Iteration:
         at = self._runner.next_positions
         self.counters["draft_tokens"] += len(drafts)
         # All at once, unless what is chosen at one position changes how the next is chosen.
-        chosen = None if sampler.remembers(slot.index) else sampler.sample(logits, at, slot.index, ahead=True)
+        chosen = None if sampler.has_penalties(slot.index) else sampler.sample(logits, at, slot.index, ahead=True)
         for index in range(len(drafts) + 1):
             slot.tokens[start + index :] = [tokens[start + index]]
             here = slice(index, index + 1)
@@ -146,7 +146,7 @@ class Iteration:
             token = sampled.tokens[row]
             if token < 0:
                 assert sequence.slot is not None
-                self.scheduler.slots.forget(sequence.slot)
+                self.scheduler.slot_table.forget(sequence.slot)
                 yield self.end(sequence, "error", "the model's output is not a number")
                 continue
             self.counters["generated_tokens"] += 1

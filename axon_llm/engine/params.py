@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from axon_llm.errors import RequestError
+
+LARGEST_BIAS = 1e4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,10 +20,11 @@ class SamplingParams:
         top_p: keep the most likely tokens that hold this much probability together; 1 keeps all.
         top_k: keep this many of the most likely tokens; 0 keeps all.
         min_p: keep tokens at least this fraction as likely as the likeliest; 0 keeps all.
-        repetition_penalty: divides (if negative, multiplies) the logits of tokens in prompt or completion; 1 is none.
+        repetition_penalty: divides (if negative, multiplies) the logits of tokens in prompt or completion, at least
+            0.01; 1 is none.
         presence_penalty: subtracted from the logit of every token that is in the completion.
         frequency_penalty: subtracted once for every time a token is in the completion.
-        logit_bias: added to the logits of these token ids.
+        logit_bias: added to the logits of these token ids; at most 10,000 either way, so that logits stay numbers.
         stop: the text ends before the first of these strings; it is not part of the output.
         stop_token_ids: tokens that end the sequence, besides the model's own.
         ignore_eos: go on after the model's end-of-sequence tokens (for measurements).
@@ -55,7 +57,7 @@ class SamplingParams:
         self._number("top_p", 0.0, 1.0, above=True)
         self._integer("top_k", 0, 2**31 - 1)
         self._number("min_p", 0.0, 1.0)
-        self._number("repetition_penalty", 0.0, 100.0, above=True)
+        self._number("repetition_penalty", 0.01, 100.0)
         self._number("presence_penalty", -100.0, 100.0)
         self._number("frequency_penalty", -100.0, 100.0)
         if self.logprobs is not None:
@@ -66,8 +68,12 @@ class SamplingParams:
             raise RequestError("stop must be a sequence of strings", code="invalid_value", param="stop")
         if any(not text for text in self.stop):
             raise RequestError("a stop string must not be empty", code="invalid_value", param="stop")
-        if not all(math.isfinite(bias) for bias in self.logit_bias.values()):
-            raise RequestError("logit_bias must be finite", code="invalid_value", param="logit_bias")
+        if not all(abs(bias) <= LARGEST_BIAS for bias in self.logit_bias.values()):
+            raise RequestError(
+                f"logit_bias must be numbers from {-LARGEST_BIAS:g} to {LARGEST_BIAS:g}",
+                code="invalid_value",
+                param="logit_bias",
+            )
 
     def _integer(self, name: str, low: int, high: int) -> None:
         value = getattr(self, name)

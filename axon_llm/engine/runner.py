@@ -146,14 +146,14 @@ class Runner:
         self.next_positions = self.next_positions[here]
         return logits[0, here]
 
-    def _run_chunk(self, slot: int, chunk: Sequence[int], start: int, only: Tensor | None) -> Tensor:
+    def _run_chunk(self, slot: int, chunk: Sequence[int], start: int, logits_at: Tensor | None) -> Tensor:
         """Logits ``[1, T or 1, V]`` of a chunk of one sequence."""
         end = start + len(chunk)
         logits: Tensor = self.model(
             torch.tensor([list(chunk)], device=self.device),
             torch.arange(start, end, device=self.device)[None],
             self.cache.slot(slot).view(length=self.buckets.prefill_lengths.at_least(end)),
-            only=only,
+            logits_at=logits_at,
         )
         return logits
 

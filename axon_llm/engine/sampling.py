@@ -143,7 +143,7 @@ class Sampler:
         """Take a slot back: greedy, no penalties, no biases."""
         self.set(slot, _NEUTRAL, 0, (), ())
 
-    def remembers(self, slot: int) -> bool:
+    def has_penalties(self, slot: int) -> bool:
         """Whether the tokens chosen for a slot change how the next ones are chosen (penalties)."""
         return self._penalties.used(slice(slot, slot + 1))
 
@@ -155,7 +155,7 @@ class Sampler:
             logits: ``[R, V]`` float32; not changed.
             positions: the position each chosen token will take in its sequence, ``[R]`` int64.
             first: the slot of row 0; row i is slot ``first + i``.
-            ahead: every row is slot ``first`` instead, at several positions; not for a slot that ``remembers``.
+            ahead: every row is slot ``first`` instead, at several positions; not for a slot that ``has_penalties``.
         """
         rows = slice(first, first + (1 if ahead else len(logits)))
         adjusted, scaled = self._memory(len(logits)) if ahead else (self._adjusted[rows], self._scaled[rows])

@@ -23,7 +23,7 @@ from axon_llm.engine.buckets import Buckets
 from axon_llm.engine.completion import Completion
 from axon_llm.engine.slots import SlotTable
 
-SMALLEST_CHUNK = 64  # a chunk costs a pass over the weights: with less budget left than this, the next step is better
+SMALLEST_CHUNK = 64  # each chunk is a pass over the weights, which costs no less for fewer tokens than about this many
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class Scheduler:
     """The line, the sequences that run, and the slots they run in.
 
     Args:
-        slots: the cache's slots.
+        slot_table: the cache's slots.
         buckets: the shapes a decode step may have.
         prefill_chunk: prompt tokens per step while nobody is decoding.
         interleave_chunk: prompt tokens per step while somebody is: the bound on what a new prompt delays others by.
@@ -57,8 +57,8 @@ class Scheduler:
         running: every sequence that owns a slot, oldest first.
     """
 
-    def __init__(self, slots: SlotTable, buckets: Buckets, *, prefill_chunk: int, interleave_chunk: int) -> None:
-        self.slots = slots
+    def __init__(self, slot_table: SlotTable, buckets: Buckets, *, prefill_chunk: int, interleave_chunk: int) -> None:
+        self.slot_table = slot_table
         self.waiting: deque[Completion] = deque()
         self.running: list[Completion] = []
         self._buckets = buckets
@@ -69,7 +69,7 @@ class Scheduler:
         admitted = []
         while self.waiting:
             sequence = self.waiting[0]
-            taken = self.slots.take(sequence.tokens, sequence.request.cache_scope)
+            taken = self.slot_table.take(sequence.tokens, sequence.request.cache_scope)
             if taken is None:
                 break
             self.waiting.popleft()
@@ -91,7 +91,7 @@ class Scheduler:
             if highest.slot is None or highest.slot.index < rows:
                 break
             moved.append((highest, highest.slot.index))
-            highest.slot = self.slots.lower(highest.slot)
+            highest.slot = self.slot_table.lower(highest.slot)
         return moved
 
     def remove(self, sequence: Completion) -> None:
@@ -100,10 +100,14 @@ class Scheduler:
             self.waiting.remove(sequence)
         else:
             self.running.remove(sequence)
-            self.slots.release(sequence.slot)
+            self.slot_table.release(sequence.slot)
 
     def chunks(self) -> Iterator[tuple[Completion, int, int]]:
-        """The share of prefill of one step: sequences, each with the positions to run, from and to."""
+        """The share of prefill of one step: sequences, each with the positions to run, from and to.
+
+        A chunk costs as many tokens as it has, and no fewer than ``SMALLEST_CHUNK``: or else eight short prompts at
+        once would be eight passes over the weights before anybody's next token.
+        """
         budget = self._interleave_chunk if any(s.decoding for s in self.running) else self._prefill_chunk
         for sequence in [s for s in self.running if not s.decoding]:
             assert sequence.slot is not None
@@ -112,8 +116,8 @@ class Scheduler:
                 return
             chunk = min(end - start, budget)
             yield sequence, start, start + chunk
-            budget -= chunk
-            if not budget:
+            budget -= max(chunk, SMALLEST_CHUNK)
+            if budget <= 0:
                 return
 
     def batch(self) -> Batch | None:
@@ -125,7 +129,7 @@ class Scheduler:
         longest = max(len(s.tokens) for _, s in members)
         length = self._buckets.lengths.at_least(longest)
         # Who takes no part reads no further than who does: attention may cost what is visible, not what is in view.
-        work = [self.slots.parked(slot, longest) for slot in self.slots.slots[:rows]]
+        work = [self.slot_table.parked(slot, longest) for slot in self.slot_table.slots[:rows]]
         for row, sequence in members:
             work[row] = (sequence.tokens[-1], len(sequence.tokens) - 1)
         return Batch([token for token, _ in work], [position for _, position in work], length, members)

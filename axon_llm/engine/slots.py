@@ -97,10 +97,11 @@ class SlotTable:
         if source is not target and not source.busy:
             self._exchange(source, target)
             source = target
-        # What the target holds beyond that is kept instead of what was used longest ago.
+        # What the target holds beyond that is kept, in an empty slot or instead of what was used longest ago. The
+        # latter only where most of it is not the newcomer's: else it is the same conversation, whose end has changed.
         lost = len(target.tokens) - (length if source is target else 0)
         oldest = min(free, key=lambda slot: (bool(slot.tokens), slot.used))
-        if lost >= MIN_MOVED and oldest is not target:
+        if oldest is not target and lost >= max(MIN_MOVED, length if oldest.tokens and source is target else 0):
             self._copy(target, oldest, len(target.tokens))
             oldest.used = target.used
         # A busy one keeps its own, so the part in common is copied.
@@ -128,6 +129,11 @@ class SlotTable:
         """Erase what a slot holds: NaN in there would reach whoever has the slot next, even from behind the mask."""
         self._memory.erase(slot.index)
         slot.tokens.clear()
+
+    def forget_all(self) -> None:
+        """Whoever uses the cache for something else says so: no slot remembers anything."""
+        for slot in self.slots:
+            slot.tokens.clear()
 
     def parked(self, slot: Slot, length: int) -> tuple[int, int]:
         """A dummy token and position for a row of the decode batch that is not decoding.

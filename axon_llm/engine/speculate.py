@@ -8,7 +8,9 @@ and several tokens come out of one pass. The first choice that differs is kept a
 says; what was drafted after it is forgotten.
 
 So no answer changes, greedy or sampled: speculation decides when tokens are computed, never which (compare Leviathan
-et al., 2023, where the distribution is kept and the tokens are not).
+et al., 2023, where the distribution is kept and the tokens are not). That holds as far as several rows have the logits
+that one row would have had: on a GPU, other kernels add in another order, and two tokens nearly equally likely may
+change places.
 
 Rejected drafts cost time. After them, drafting pauses, longer each time, until enough are accepted again.
 

@@ -50,7 +50,7 @@ class EngineStats:
     @classmethod
     def of(cls, scheduler: Scheduler, cache: KVCache, counters: Mapping[str, int]) -> EngineStats:
         """Read the numbers off the scheduler, the cache and the engine's counters."""
-        slots = scheduler.slots.slots
+        slots = scheduler.slot_table.slots
         position_bytes = cache.nbytes // (cache.slots * cache.max_seq_len)
         return cls(
             running=len(scheduler.running),

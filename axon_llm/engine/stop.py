@@ -1,6 +1,6 @@
 """From tokens to text that is safe to show: whole characters only, and nothing that may be the start of a stop string.
 
-Two things are held back. Bytes of an unfinished character wait in the tokenizer's stream decoder; text that a stop
+Two things are held back. Bytes of an unfinished character wait in the detokenizer; text that a stop
 string could begin with waits here. Both come out as soon as they are known to be harmless, or when the sequence ends.
 The text is a function of the token sequence alone, so a sequence that is continued elsewhere replays its tokens through
 this and goes on as if nothing had happened.
@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from typing import Protocol
 
 
-class Decoder(Protocol):
-    """An incremental detokeniser, such as ``axon_llm.tokenizer.StreamDecoder``."""
+class Detokenizer(Protocol):
+    """An incremental detokenizer, such as ``axon_llm.tokenizer.StreamDetokenizer``."""
 
     def push(self, token: int) -> str:
         """Take one token and return the text that has become certain; valid UTF-8."""
@@ -75,12 +75,12 @@ class TextStream:
     """The text of one completion, token by token.
 
     Args:
-        decoder: turns tokens into text; fresh.
+        detokenizer: turns tokens into text; fresh.
         stops: stop strings; the text ends before the first of them.
     """
 
-    def __init__(self, decoder: Decoder, stops: Sequence[str] = ()) -> None:
-        self._decoder = decoder
+    def __init__(self, detokenizer: Detokenizer, stops: Sequence[str] = ()) -> None:
+        self._detokenizer = detokenizer
         self._finder = StopFinder(stops)
 
     @property
@@ -90,9 +90,9 @@ class TextStream:
 
     def push(self, token: int) -> str:
         """Take one token and return the text it adds for certain; may be empty."""
-        return self._finder.push(self._decoder.push(token))
+        return self._finder.push(self._detokenizer.push(token))
 
     def finish(self) -> str:
         """End the text and return all that was held back, unless it completes a stop string."""
-        text = self._finder.push(self._decoder.flush())
+        text = self._finder.push(self._detokenizer.flush())
         return text + self._finder.flush()

@@ -6,7 +6,6 @@ so that the same seed gives the same tokens and nothing but the cache is differe
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -15,9 +14,8 @@ from axon_llm.engine.completion import Completion
 from axon_llm.engine.events import Request, TokenEvent
 from axon_llm.engine.params import SamplingParams
 from axon_llm.engine.sampling import Sampler
-from axon_llm.engine.stop import TextStream
 from axon_llm.model import Transformer
-from axon_llm.tokenizer import StreamDecoder, Tokenizer
+from axon_llm.tokenizer import Tokenizer
 
 
 @torch.inference_mode()
@@ -33,22 +31,17 @@ def generate_uncached(
         params: how to choose tokens and when to stop.
     """
     device = model.embed_tokens.weight.device
-    seed = secrets.randbits(63) if params.seed is None else params.seed
-    stop_tokens = frozenset(params.stop_token_ids)
-    if not params.ignore_eos:
-        stop_tokens |= tokenizer.eos_token_ids
-    request = Request(id="uncached", prompt=tuple(prompt), params=params)
-    sequence = Completion(request, seed, TextStream(StreamDecoder(tokenizer), params.stop), stop_tokens)
+    sequence = Completion.of(Request(id="uncached", prompt=tuple(prompt), params=params), tokenizer)
     sampler = Sampler(1, model.config.vocab_size, device)
     sequence.start()
-    sampler.set(0, params, seed, prompt, ())
+    sampler.set(0, params, sequence.seed, prompt, ())
     while sequence.finish_reason is None:
         length = len(sequence.tokens)
         logits = model(
             torch.tensor([sequence.tokens], device=device),
             torch.arange(length, device=device)[None],
             None,
-            only=torch.tensor([length - 1], device=device),
+            logits_at=torch.tensor([length - 1], device=device),
         )
         sampled = sampler.sample(logits[:, 0], torch.tensor([length], device=device))
         if sampled.tokens[0] < 0:

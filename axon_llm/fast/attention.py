@@ -77,7 +77,7 @@ class RopeAtOnce(nn.Module):
         if dtype != torch.bfloat16:
             cos, sin = self.rope(positions, dtype)
         else:
-            cos, sin = torch.ops.axon.bf16_angles(positions, self.rope.inv_freq, self.rope.scale)
+            cos, sin = torch.ops.axon.bf16_angles(positions, self.rope.inv_freq, self.rope.attention_factor)
         return cos, sin
 
 

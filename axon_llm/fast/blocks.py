@@ -227,7 +227,7 @@ class StripTransformer(Transformer):
             embedding.strips if isinstance(embedding, StripEmbedding) else embedding.weight,
             self.config.hidden_size,
             rope.inv_freq,
-            rope.scale,
+            rope.attention_factor,
         )
         self._after: tuple[Any, ...] = (
             *parts.layers.given,
@@ -244,11 +244,11 @@ class StripTransformer(Transformer):
         return self
 
     def forward(
-        self, tokens: Tensor, positions: Tensor, cache: KVCache | None = None, only: Tensor | None = None
+        self, tokens: Tensor, positions: Tensor, cache: KVCache | None = None, logits_at: Tensor | None = None
     ) -> Tensor:
         """As :meth:`axon_llm.model.Transformer.forward`."""
-        if cache is None or only is not None or cache.k.dtype != torch.bfloat16:
-            return super().forward(tokens, positions, cache, only)
+        if cache is None or logits_at is not None or cache.k.dtype != torch.bfloat16:
+            return super().forward(tokens, positions, cache, logits_at)
         y: Tensor = torch.ops.axon.strips_step(tokens, positions, *self._before, cache.k, cache.v, *self._after)
         return y
 

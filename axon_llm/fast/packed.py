@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from axon_llm.checkpoint import load_model, opened, resolve_dtype, tensor_files, without_memory
+from axon_llm.checkpoint import DTYPES, load_model, opened, resolve_dtype, stored_dtype, tensor_files, without_memory
 from axon_llm.config import ModelConfig
 from axon_llm.errors import CheckpointError, UsageError
 from axon_llm.fast import pages
@@ -60,7 +60,8 @@ def write_packed(source: Path, target: Path, quantize: str) -> int:
         raise CheckpointError(f"{source} is packed already ({config.packed})", "Start from the original checkpoint.")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UsageError(f"{target} exists and is not an empty folder", "Name a new folder.")
-    model = load_model(source, config, torch.device("cpu"))
+    stored = DTYPES.get(stored_dtype(source, config))  # float16, too, though a CPU would compute in float32
+    model = load_model(source, config, torch.device("cpu"), stored)
     tensors: dict[str, Tensor] = {}
 
     def keep(name: str, linears: list[nn.Linear]) -> nn.Module:

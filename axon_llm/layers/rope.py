@@ -36,7 +36,7 @@ class Rope(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        frequencies, self.scale = rope_frequencies(config.rope, config.head_dim)
+        frequencies, self.attention_factor = rope_frequencies(config.rope, config.head_dim)
         # On the CPU even where the model is being built on "meta": it is computed, not loaded.
         self._exact = torch.tensor(frequencies, dtype=torch.float32, device="cpu")
         self.register_buffer("inv_freq", self._exact.clone(), persistent=False)
@@ -51,7 +51,7 @@ class Rope(nn.Module):
         """Cosine and sine for ``positions`` ``[B, T]``: ``[B, 1, T, D]`` each, from float32 to ``dtype``."""
         angles = positions[:, None, :, None].float() * self.inv_freq  # [B, 1, T, D/2]
         angles = torch.cat((angles, angles), dim=-1)  # [B, 1, T, D]
-        return (angles.cos() * self.scale).to(dtype), (angles.sin() * self.scale).to(dtype)
+        return (angles.cos() * self.attention_factor).to(dtype), (angles.sin() * self.attention_factor).to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -108,4 +108,4 @@ def _yarn(rope: RopeConfig, head_dim: int, pos_freq: Tensor) -> tuple[Tensor, fl
     channels = torch.arange(head_dim // 2, dtype=torch.float32, device="cpu")
     keep = 1 - ((channels - low) / (high - low)).clamp(0, 1)
     inv_freq = 1.0 / (rope.factor * pos_freq) * (1 - keep) + 1.0 / pos_freq * keep
-    return inv_freq, rope.yarn_scale
+    return inv_freq, rope.attention_factor

@@ -66,6 +66,18 @@ class HeldJob:
             renewed_at=now,
         )
 
+    def adopt(self, claim: Claim, delivery: Delivery) -> bool:
+        """Go on with what is held here after a new claim, if the log says nothing else.
+
+        Returns:
+            Whether it does not: whoever held the job meanwhile may have written more, and not the same.
+        """
+        log = [(entry.token, entry.text) for entry in claim.entries]
+        if log != [(entry.token, entry.text) for entry in self.entries[: len(log)]]:
+            return False
+        self.delivery, self.fence, self.attempt, self.stored = delivery, claim.fence, claim.attempt, len(log)
+        return True
+
     @property
     def ended(self) -> bool:
         """Whether the terminal entry exists, stored or not."""

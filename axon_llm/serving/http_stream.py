@@ -130,8 +130,8 @@ class JobAnswer:
                 terminal = entry.terminal
                 if terminal is not None and terminal.error is not None:
                     raise failure(terminal)
+                self._clock(entry, started)
                 if not self._started:
-                    self._service.metrics.first_token_seconds.observe(time.monotonic() - started)
                     await self._start(send, _STREAM_HEADERS)
                 chunk = self._answer.chunk(entry)
                 if chunk is not None:
@@ -155,10 +155,12 @@ class JobAnswer:
         await send(_body(sse.DONE, more=False))
 
     async def _send_whole(self, entries: AsyncIterator[LogEntry | None], send: Send) -> None:
+        started = time.monotonic()
         collected: list[LogEntry] = []
         terminal: Terminal | None = None
         async for entry in entries:
             if entry is not None:
+                self._clock(entry, started)
                 collected.append(entry)
                 terminal = entry.terminal
         if terminal is None:
@@ -169,6 +171,12 @@ class JobAnswer:
         headers = {"content-type": "application/json", "content-length": str(len(body)), "cache-control": "no-store"}
         await self._start(send, headers)
         await send(_body(body, more=False))
+
+    def _clock(self, entry: LogEntry, started: float) -> None:
+        """Count the time to the first token for the request that submitted the job, not for one that follows it."""
+        failed = entry.terminal is not None and entry.terminal.error is not None
+        if entry.seq == 1 and not self._with_ids and not failed:
+            self._service.metrics.first_token_seconds.observe(time.monotonic() - started)
 
     async def _start(self, send: Send, headers: dict[str, str]) -> None:
         self._started = True

@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 from axon_llm.errors import UsageError
-from axon_llm.serving.decoding import EngineStatistics
+from axon_llm.serving.served_model import EngineStatistics
 from axon_llm.serving.wire import Terminal
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)

@@ -2,7 +2,7 @@
 
 The same HTTP application and the same worker as in the large system, over ``embedded.py``. The event loop has the main
 thread (signals arrive there), the engine one of its own; they meet in the store. What is decoded comes from outside as
-a ``Decoder``, built on the engine's thread. Nothing survives the process.
+a ``ServedModel``, built on the engine's thread. Nothing survives the process.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from axon_llm.serving.http_server import HttpServer, listen, start_metrics
 from axon_llm.serving.http_service import Service
 from axon_llm.serving.http_settings import SessionManagerSettings
 from axon_llm.serving.metrics import Health, WorkerMetrics
+from axon_llm.serving.served_model import ServedModel
 from axon_llm.serving.worker import Worker
-from axon_llm.serving.worker_process import Decoder
 
 WORKER_ID = "embedded"
 _LOOK_S = 0.1
@@ -32,11 +32,11 @@ class EngineThread:
     """The worker on a thread: builds the engine, decodes until stopped, remembers what went wrong.
 
     Args:
-        build: makes the decoder; called on the thread, because compiled code likes to stay where it was made.
+        build: makes it ready; called on the thread, because compiled code likes to stay where it was made.
         begin: makes the worker from it.
     """
 
-    def __init__(self, build: Callable[[], Decoder], begin: Callable[[Decoder], Worker]) -> None:
+    def __init__(self, build: Callable[[], ServedModel], begin: Callable[[ServedModel], Worker]) -> None:
         self._build = build
         self._begin = begin
         self._worker: Worker | None = None
@@ -71,7 +71,7 @@ class EngineThread:
 
 def run(
     settings: SessionManagerSettings,
-    build: Callable[[], Decoder],
+    build: Callable[[], ServedModel],
     on_listening: Callable[[str, int], None] | None = None,
 ) -> int:
     """Serves until SIGTERM or SIGINT.
@@ -93,7 +93,7 @@ def run(
 
 async def _run(
     settings: SessionManagerSettings,
-    build: Callable[[], Decoder],
+    build: Callable[[], ServedModel],
     on_listening: Callable[[str, int], None] | None,
 ) -> int:
     listener = listen(settings)  # before the model is loaded: a taken port is found out at once
@@ -101,17 +101,17 @@ async def _run(
     queues: list[EmbeddedQueue] = []
     metrics, health = WorkerMetrics(), Health()
 
-    def begin(decoder: Decoder) -> Worker:
-        queue = EmbeddedQueue(settings, prefetch=2 * decoder.engine.stats().slots)
+    def begin(served: ServedModel) -> Worker:
+        queue = EmbeddedQueue(settings, prefetch=2 * served.engine.stats().slots)
         queues.append(queue)
         return Worker(
             settings,
-            decoder.engine,
+            served.engine,
             store.worker_side(),
             queue.source(),
-            encode=decoder.encode,
-            spell=decoder.spell,
-            models=decoder.models,
+            encode=served.encode,
+            spell=served.spell,
+            models=served.models,
             worker_id=WORKER_ID,
             metrics=metrics,
             health=health,

@@ -145,7 +145,7 @@ class UsageInfo(_Message):
 
 
 class TimingInfo(_Message):
-    """Seconds: submitted → claimed, submitted → first token, mean gap between tokens, submitted → last token."""
+    """Seconds: submitted → a slot of the cache, submitted → first token, mean gap between tokens, submitted → end."""
 
     queue_s: float | None = None
     ttft_s: float | None = None

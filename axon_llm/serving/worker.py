@@ -18,7 +18,6 @@ from collections.abc import Callable
 from axon_llm.engine.events import TokenEvent
 from axon_llm.errors import RequestError
 from axon_llm.serving.announcer import Announcer
-from axon_llm.serving.decoding import DecodingEngine
 from axon_llm.serving.held_job import HeldJob, deadline_exceeded
 from axon_llm.serving.intake import Intake, Item
 from axon_llm.serving.metrics import Health, WorkerMetrics
@@ -32,6 +31,7 @@ from axon_llm.serving.ports import (
     StoreUnavailable,
     WorkerStore,
 )
+from axon_llm.serving.served_model import DecodingEngine
 from axon_llm.serving.settings import ServingSettings
 from axon_llm.serving.wire import ErrorInfo, Job, ModelCard, Terminal, WireError, decode
 
@@ -174,12 +174,12 @@ class Worker:
             return
         claim = self._store.claim(job, self._worker_id, redelivered=delivery.redelivered, solo=delivery.solo)
         self._store_backoff_s = 0.0
-        if claim.outcome == "run" and held is not None:
-            held.fence, held.delivery = claim.fence, delivery
-            held.stored = min(len(claim.entries), len(held.entries))
+        if claim.outcome == "run" and held is not None and held.adopt(claim, delivery):
             self._metrics.adopted.inc()
             log.info("job %s: adopted again at token %d", job.job_id, len(held.entries))
         elif claim.outcome == "run":
+            if held is not None:  # somebody else has gone on in other words, and users have seen those
+                self._drop(held)
             self._begin(HeldJob.of(job, delivery, claim), claim.cancel_requested)
         elif claim.outcome == "busy":
             self._intake.park(delivery, job, max(claim.retry_after_s, 0.1))
@@ -319,9 +319,11 @@ class Worker:
         if claim.outcome != "run":
             self._drop(held)
             self._source.ack(held.delivery)
-            return
-        self._metrics.backfills.inc()
-        held.fence, held.stored = claim.fence, min(len(claim.entries), len(held.entries))
+        elif held.adopt(claim, held.delivery):
+            self._metrics.backfills.inc()
+        else:
+            self._drop(held)
+            self._begin(HeldJob.of(held.job, held.delivery, claim), claim.cancel_requested)
 
     def _finish(self, held: HeldJob) -> None:
         terminal = held.entries[-1].terminal

@@ -1,6 +1,7 @@
 """``axon worker`` as a process: waits for Redis and the broker, builds the engine, works until SIGTERM, leaves tidily.
 
-What is decoded, and with what, comes from outside as a ``Decoder``; this file never loads a model. Next: ``worker.py``.
+What is decoded, and with what, comes from outside as a ``ServedModel``; this file never loads one. Next:
+``worker.py``.
 """
 
 from __future__ import annotations
@@ -13,32 +14,20 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 from axon_llm.serving import broker
-from axon_llm.serving.decoding import DecodingEngine
 from axon_llm.serving.metrics import Health, MetricsServer, WorkerMetrics
 from axon_llm.serving.ports import StoreRefused, StoreUnavailable
 from axon_llm.serving.reaper import Reaper
+from axon_llm.serving.served_model import ServedModel
 from axon_llm.serving.settings import ServingSettings
 from axon_llm.serving.token_log import TokenLog
-from axon_llm.serving.wire import Job, ModelCard
 from axon_llm.serving.worker import Worker
 
 log = logging.getLogger("axon.worker")
 
 
-@dataclass(frozen=True)
-class Decoder:
-    """What a worker decodes with: see the arguments of ``Worker``."""
-
-    engine: DecodingEngine
-    encode: Callable[[Job], tuple[int, ...]]
-    spell: Callable[[int], tuple[str, bytes]]
-    models: tuple[ModelCard, ...]
-
-
-def serve(settings: ServingSettings, build: Callable[[], Decoder]) -> None:
+def serve(settings: ServingSettings, build: Callable[[], ServedModel]) -> None:
     """Work until SIGTERM or SIGINT; unfinished jobs are handed back before returning.
 
     Args:
@@ -53,15 +42,15 @@ def serve(settings: ServingSettings, build: Callable[[], Decoder]) -> None:
     metrics, health = WorkerMetrics(), Health()
     server = MetricsServer(metrics, health, settings.metrics_host, settings.metrics_port)
     log.info("metrics and health on http://%s:%d", settings.metrics_host, server.port)
-    decoder = build()
+    served = build()
     worker = Worker(
         settings,
-        decoder.engine,
+        served.engine,
         TokenLog(settings),
-        broker.Consumer(settings, decoder.engine.stats().slots, [model.id for model in decoder.models]),
-        encode=decoder.encode,
-        spell=decoder.spell,
-        models=decoder.models,
+        broker.Consumer(settings, served.engine.stats().slots, [model.id for model in served.models]),
+        encode=served.encode,
+        spell=served.spell,
+        models=served.models,
         worker_id=f"{_host_name()}-{os.getpid()}-{secrets.token_hex(4)}",
         metrics=metrics,
         health=health,

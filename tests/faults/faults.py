@@ -15,6 +15,7 @@ import socket
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pika
 import redis
@@ -39,22 +40,34 @@ class Fault:
     Attributes:
         inject: what is done.
         expected: what must come of it, in words.
-        refuses: whether requests must be refused while it lasts.
-        felt: what some worker must have logged because of it (a regular expression), so that a fault which hit nobody
-            does not pass for one that was survived.
+        felt: what some worker must have logged because of it (a regular expression), from when it began.
     """
 
     name: str
     inject: Injection
     expected: str
-    refuses: bool = False
     felt: str = ""
 
 
+class NotFelt(Exception):
+    """A fault has hit nobody, and must not pass for one that was survived."""
+
+
+async def _until(condition: Callable[[], object], timeout_s: float, what: str) -> None:
+    """Ask, on another thread, until something is so."""
+    end = time.monotonic() + timeout_s
+    while not await asyncio.to_thread(condition):
+        if time.monotonic() > end:
+            raise NotFelt(f"not within {timeout_s:g} s: {what}")
+        await asyncio.sleep(0.05)
+
+
 async def _until_refused(traffic: Traffic, timeout_s: float) -> None:
-    """Submit until something is refused: the fault is felt."""
+    """Submit until something is refused."""
     before, end = len(traffic.refused), time.monotonic() + timeout_s
-    while len(traffic.refused) == before and time.monotonic() < end:
+    while len(traffic.refused) == before:
+        if time.monotonic() > end:
+            raise NotFelt("nothing was refused")
         traffic.probe()
         await asyncio.sleep(0.4)
 
@@ -78,7 +91,7 @@ async def _busy_worker(stack: Stack, traffic: Traffic, among: Sequence[WorkerPro
         if busy:
             return traffic.rng.choice(busy)
         await asyncio.sleep(0.05)
-    return traffic.rng.choice(workers)
+    raise NotFelt("no worker was in the middle of an answer")
 
 
 def _holders(stack: Stack, traffic: Traffic) -> list[bytes]:
@@ -118,14 +131,18 @@ async def crash_broker(stack: Stack, traffic: Traffic) -> None:
 
 async def broker_disk_alarm(stack: Stack, traffic: Traffic) -> None:
     await asyncio.to_thread(stack.rabbit.ctl, "set_disk_free_limit", "900000GB")
-    await _until_refused(traffic, 20)
-    await asyncio.to_thread(stack.rabbit.ctl, "set_disk_free_limit", "50MB")
+    try:
+        await _until_refused(traffic, 20)
+    finally:
+        await asyncio.to_thread(stack.rabbit.ctl, "set_disk_free_limit", "50MB")
 
 
 async def broker_memory_alarm(stack: Stack, traffic: Traffic) -> None:
     await asyncio.to_thread(stack.rabbit.ctl, "set_vm_memory_high_watermark", "0.00001")
-    await _until_refused(traffic, 20)
-    await asyncio.to_thread(stack.rabbit.ctl, "set_vm_memory_high_watermark", "0.4")
+    try:
+        await _until_refused(traffic, 20)
+    finally:
+        await asyncio.to_thread(stack.rabbit.ctl, "set_vm_memory_high_watermark", "0.4")
 
 
 async def close_connections(stack: Stack, traffic: Traffic) -> None:
@@ -133,7 +150,20 @@ async def close_connections(stack: Stack, traffic: Traffic) -> None:
 
 
 async def purge_queue(stack: Stack, traffic: Traffic) -> None:
-    await asyncio.to_thread(stack.rabbit.ctl, "purge_queue", JOBS)
+    """Messages that no worker has been given yet are gone."""
+
+    def purge() -> int:
+        try:
+            connection = pika.BlockingConnection(parameters(stack.direct_settings))
+            purged = connection.channel().queue_purge(JOBS).method.message_count
+            connection.close()
+        except (pika.exceptions.AMQPError, OSError):
+            return 0
+        return int(purged)
+
+    for _ in range(20):  # more at once than workers are given
+        traffic.probe()
+    await _until(purge, 10.0, "a message was in the queue")
 
 
 async def delete_queue(stack: Stack, traffic: Traffic) -> None:
@@ -146,10 +176,21 @@ async def crash_redis(stack: Stack, traffic: Traffic) -> None:
 
 
 async def hang_redis(stack: Stack, traffic: Traffic) -> None:
+    def answers() -> bool:
+        with redis.Redis(port=stack.redis.port, socket_timeout=0.2, retry=None) as client:
+            try:
+                return bool(client.ping())
+            except redis.exceptions.TimeoutError:
+                return False
+
     stack.redis.pause()
-    traffic.probe()
-    await asyncio.sleep(stack.pace.hang_s)
-    stack.redis.resume()
+    try:
+        traffic.probe()
+        await asyncio.sleep(stack.pace.hang_s)
+        if await asyncio.to_thread(answers):
+            raise NotFelt("Redis answered all the while")
+    finally:
+        stack.redis.resume()
 
 
 def _redis(stack: Stack) -> redis.Redis:
@@ -162,9 +203,11 @@ async def fill_redis(stack: Stack, traffic: Traffic) -> None:
             client.config_set("maxmemory", limit)
 
     await asyncio.to_thread(set_limit, "100kb")
-    await _until_refused(traffic, 5)
-    await asyncio.sleep(stack.pace.hang_s)
-    await asyncio.to_thread(set_limit, "0")
+    try:
+        await _until_refused(traffic, 5)
+        await asyncio.sleep(stack.pace.hang_s)
+    finally:
+        await asyncio.to_thread(set_limit, "0")
 
 
 async def fill_redis_disk(stack: Stack, traffic: Traffic) -> None:
@@ -190,8 +233,8 @@ async def tear_append_only_file(stack: Stack, traffic: Traffic) -> None:
 
 async def set_redis_back(stack: Stack, traffic: Traffic) -> None:
     """Worse than promised: Redis comes back without its last writes, acknowledged or not."""
-    traffic.set_back = True
     await asyncio.to_thread(stack.redis.kill)
+    traffic.set_back_at_unix_s = time.time()
     path = stack.redis.append_only_file()
     size = path.stat().st_size
     with path.open("r+b") as file:
@@ -200,11 +243,12 @@ async def set_redis_back(stack: Stack, traffic: Traffic) -> None:
 
 
 async def kill_subscriptions(stack: Stack, traffic: Traffic) -> None:
-    def kill() -> None:
-        with _redis(stack) as client:
-            client.execute_command("CLIENT", "KILL", "TYPE", "pubsub")
+    def kill() -> bool:
+        with contextlib.suppress(redis.exceptions.RedisError), _redis(stack) as client:
+            return int(client.execute_command("CLIENT", "KILL", "TYPE", "pubsub")) > 0  # type: ignore[arg-type]
+        return False
 
-    await asyncio.to_thread(kill)
+    await _until(kill, 10.0, "somebody was subscribed")
 
 
 async def slow_subscriber(stack: Stack, traffic: Traffic) -> None:
@@ -212,15 +256,25 @@ async def slow_subscriber(stack: Stack, traffic: Traffic) -> None:
 
     def subscribe() -> socket.socket:
         with _redis(stack) as client:
-            client.config_set("client-output-buffer-limit", "pubsub 20000 10000 1")
+            client.config_set("client-output-buffer-limit", "pubsub 8mb 4mb 1")
         connection = socket.create_connection(("127.0.0.1", stack.redis.port))
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
         connection.sendall(b"PSUBSCRIBE *\r\n")
         return connection
 
     connection = await asyncio.to_thread(subscribe)
-    await asyncio.sleep(stack.pace.hang_s)
-    connection.close()
+    address = "{}:{}".format(*connection.getsockname())
+
+    def cut_off() -> bool:
+        with contextlib.suppress(redis.exceptions.RedisError), _redis(stack) as client:
+            client.publish("noise", bytes(1_000_000))  # beside it, what the system itself takes in for a connection
+            return address not in {found["addr"] for found in client.client_list()}
+        return False
+
+    try:
+        await _until(cut_off, 20.0, "the subscriber was cut off")
+    finally:
+        connection.close()
 
 
 async def drop_wakeups(stack: Stack, traffic: Traffic) -> None:
@@ -350,11 +404,22 @@ async def garbage_messages(stack: Stack, traffic: Traffic) -> None:
 
 
 async def forget_scripts(stack: Stack, traffic: Traffic) -> None:
-    def flush() -> None:
+    def flush() -> int:
         with _redis(stack) as client:
             client.script_flush()
+            return missed(client)
 
-    await asyncio.to_thread(flush)
+    def missed(client: redis.Redis) -> int:
+        errors: dict[str, Any] = client.info("errorstats")  # type: ignore[assignment]
+        return int(errors.get("errorstat_NOSCRIPT", {"count": 0})["count"])
+
+    def missed_since(before: int) -> bool:
+        with contextlib.suppress(redis.exceptions.RedisError), _redis(stack) as client:
+            return missed(client) > before
+        return False
+
+    before = await asyncio.to_thread(flush)
+    await _until(lambda: missed_since(before), 10.0, "somebody missed a script")
 
 
 async def lose_a_running_job(stack: Stack, traffic: Traffic) -> None:
@@ -377,33 +442,41 @@ async def lose_a_running_job(stack: Stack, traffic: Traffic) -> None:
 ALL_FINISH = "all finish"
 TAKEN_OVER = r"claimed, attempt [2-9]"
 HANDED_BACK = r"drained, [1-9]\d* unfinished jobs handed back"
+FENCED = r": (fenced|done), dropped at token"
 NO_BROKER = r"broker connection lost"
+NO_REDIS = r"Redis (did not answer|refuses writes)"
+PUBLISHED_AGAIN = r"published again after"
 QUEUE_GONE = rf"a queue was deleted|declaring {re.escape(JOBS)}|{re.escape(JOBS)} delivers nothing"
 ROWS: tuple[Fault, ...] = (
     Fault("worker killed while decoding", kill_worker, "continues at the next token elsewhere", felt=TAKEN_OVER),
     Fault("worker drained (SIGTERM)", drain_worker, "handed back, continues elsewhere at once", felt=HANDED_BACK),
-    Fault(
-        "zombie worker (stopped, continued)", zombie_worker, "its emits are fenced, nothing doubled", felt=TAKEN_OVER
-    ),
+    Fault("zombie worker (stopped, continued)", zombie_worker, "its emits are fenced, nothing doubled", felt=FENCED),
     Fault("poison job", poison_job, "it fails with a reason, its neighbours finish", felt="moved to the solo queue"),
     Fault("broker crash", crash_broker, ALL_FINISH, felt=NO_BROKER),
-    Fault("broker disk alarm", broker_disk_alarm, "503, then recovery", refuses=True),
-    Fault("broker memory alarm", broker_memory_alarm, "503, then recovery", refuses=True),
+    Fault("broker disk alarm", broker_disk_alarm, "503, then recovery"),
+    Fault("broker memory alarm", broker_memory_alarm, "503, then recovery"),
     Fault("AMQP connections closed", close_connections, ALL_FINISH, felt=NO_BROKER),
-    Fault("queue purged", purge_queue, "the outbox makes up for it"),
+    Fault("queue purged", purge_queue, "the outbox makes up for it", felt=PUBLISHED_AGAIN),
     Fault("queue deleted", delete_queue, "declared again, the outbox makes up for it", felt=QUEUE_GONE),
-    Fault("Redis crash", crash_redis, "acknowledged tokens survive"),
+    Fault("Redis crash", crash_redis, "acknowledged tokens survive", felt=NO_REDIS),
     Fault("Redis hang", hang_redis, "retries or 503"),
-    Fault("Redis memory full", fill_redis, "503 or retries, never half a write", refuses=True),
-    Fault("Redis disk full", fill_redis_disk, "acknowledged tokens survive"),
-    Fault("append-only file torn", tear_append_only_file, "acknowledged tokens survive"),
-    Fault("Redis set back (file truncated)", set_redis_back, "filled in from memory or generated again, the same"),
+    Fault("Redis memory full", fill_redis, "503 or retries, never half a write", felt=NO_REDIS),
+    Fault("Redis disk full", fill_redis_disk, "acknowledged tokens survive", felt=NO_REDIS),
+    Fault("append-only file torn", tear_append_only_file, "acknowledged tokens survive", felt=NO_REDIS),
+    Fault(
+        "Redis set back (file truncated)",
+        set_redis_back,
+        "filled in from memory or generated again, the same",
+        felt=NO_REDIS,
+    ),
     Fault("Redis scripts forgotten", forget_scripts, "loaded again"),
     Fault("a running job lost from Redis", lose_a_running_job, "claimed anew and filled in"),
     Fault("Pub/Sub connections killed", kill_subscriptions, "replay from the log, no gap"),
     Fault("wake-ups lost for a while", drop_wakeups, "the log is polled, no gap"),
     Fault("slow subscriber", slow_subscriber, "it is cut off, others unaffected"),
-    Fault("session manager dies before publishing", submit_and_die, "the outbox publishes the job"),
+    Fault(
+        "session manager dies before publishing", submit_and_die, "the outbox publishes the job", felt=PUBLISHED_AGAIN
+    ),
     Fault("session manager dies after the confirm", publish_and_die, "one answer"),
     Fault("duplicate publish", publish_twice, "one answer"),
     Fault(

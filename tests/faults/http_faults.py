@@ -17,14 +17,16 @@ import sys
 import tempfile
 import time
 import uuid
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
+import redis
 
 from axon_llm.serving.session_store import SessionStore
-from axon_llm.serving.wire import Job, Sampling
+from axon_llm.serving.wire import Job, Sampling, Terminal, decode
 from tests.faults import tiny_engine
 from tests.faults.http_stack import HttpStack
 from tests.faults.stack import Pace
@@ -131,7 +133,7 @@ class Front:
             answer.refused += 1
             return
         job_id = response.headers["x-axon-job-id"]
-        assert answer.job_id in ("", job_id), "one idempotency key, two jobs"
+        assert answer.job_id in ("", job_id)
         if not answer.job_id:
             answer.texts.clear()
         answer.job_id = job_id
@@ -266,9 +268,28 @@ async def run(stack: HttpStack, injections: list[Injection], *, seed: int, jobs:
         else:
             verdict.complete += 1
     await store.close()
+    verdict.problems += await asyncio.to_thread(_made_twice, stack, front.answers)
     lengths = await asyncio.to_thread(stack.wait_queues_empty, 120.0)
     verdict.problems += [f"queue {name} still holds {count}" for name, count in lengths.items() if count]
     return verdict
+
+
+def _made_twice(stack: HttpStack, answers: list[Answer]) -> list[str]:
+    """Answers that more than one job was decoded to the end for.
+
+    A request that was refused may have been carried out all the same: whoever refused it could not know.
+    """
+    whole: Counter[str] = Counter()
+    with redis.Redis(port=stack.redis.port, decode_responses=True) as client:
+        for name in client.scan_iter("axon:{acme:*}:job:*", count=1000):
+            body, terminal = client.hmget(name, "body", "terminal")  # type: ignore[misc]
+            if body and terminal and decode(Terminal, terminal.encode()).finish_reason == "length":
+                whole[decode(Job, body.encode()).prompt or ""] += 1
+    return [
+        f"{answer.job_id}: {whole[answer.prompt]} jobs for one idempotency key"
+        for answer in answers
+        if not 1 <= whole[answer.prompt] <= 1 + answer.refused
+    ]
 
 
 async def _problem(store: SessionStore, answer: Answer) -> str:

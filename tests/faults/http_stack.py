@@ -52,12 +52,14 @@ class HttpStack(Stack):
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.gateway.stop()
-        super().__exit__()
-        for process in self.session_managers:
-            if process.process is not None:
-                process.process.kill()
-                process.process.wait(10)
+        try:
+            self.gateway.stop()
+            super().__exit__()  # and nobody starts them again
+        finally:
+            for process in self.session_managers:
+                if process.process is not None:
+                    process.process.kill()
+                    process.process.wait(10)
 
     def _supervised(self) -> list[WorkerProcess]:
         return self.workers + [process for process in self.session_managers if process.starts]

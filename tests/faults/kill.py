@@ -25,8 +25,8 @@ import redis
 
 from axon_llm.engine.params import SamplingParams
 from axon_llm.serving.redis_scripts import Keys
+from axon_llm.serving.served_model import ServedModel
 from axon_llm.serving.wire import Job, LogEntry, Message, Sampling
-from axon_llm.serving.worker_process import Decoder
 from tests.faults.stack import Pace, Stack
 from tests.faults.traffic import Seen, Traffic
 from tests.integration.servers import missing_programs
@@ -54,17 +54,17 @@ def worker_command(model: str) -> list[str]:
     return [sys.executable, "-m", "cli.main", "worker", "-m", model, "--dtype", "float32", "--slots", "4"]
 
 
-def load(model: str) -> Decoder:
+def load(model: str) -> ServedModel:
     """Load the same model for the reference."""
-    from axon_llm.serving.decoder import load_decoder
+    from axon_llm.serving.model_loading import load_served_model
 
-    return load_decoder(model, dtype="float32", slots=1)
+    return load_served_model(model, dtype="float32", slots=1)
 
 
-def reference(decoder: Decoder, job: Job) -> list[tuple[int | None, str]]:
+def reference(served: ServedModel, job: Job) -> list[tuple[int | None, str]]:
     """Return tokens and texts of an uninterrupted run."""
     parameters = SamplingParams(**job.sampling.model_dump())
-    events = decoder.engine.generate(decoder.encode(job), parameters)  # type: ignore[attr-defined]
+    events = served.engine.generate(served.encode(job), parameters)  # type: ignore[attr-defined]
     return [(event.token, event.text) for event in events]
 
 
@@ -102,11 +102,11 @@ def kill_holder(stack: Stack, job: Job) -> None:
     os.kill(pid, signal.SIGKILL)
 
 
-async def run(stack: Stack, decoder: Decoder, *, tries: int, seed: int, tokens: int = 80) -> Outcome:
+async def run(stack: Stack, served: ServedModel, *, tries: int, seed: int, tokens: int = 80) -> Outcome:
     """Make the tries, one after the other."""
     rng = random.Random(seed)
     outcome, traffic = Outcome(differing=[]), Traffic(stack, seed, clients=0)
-    model = decoder.models[0]
+    model = served.models[0]
     try:
         await traffic.start(0)
         while outcome.taken_over < tries and outcome.tries < 2 * tries + 5:
@@ -120,7 +120,7 @@ async def run(stack: Stack, decoder: Decoder, *, tries: int, seed: int, tokens: 
             terminal = seen[-1].terminal
             assert terminal is not None
             outcome.taken_over += terminal.attempts == 2
-            same = [(entry.token, entry.text) for entry in seen] == reference(decoder, job)
+            same = [(entry.token, entry.text) for entry in seen] == reference(served, job)
             outcome.equal += same and terminal.attempts == 2
             print(f"{outcome.equal} of {outcome.taken_over} equal", file=sys.stderr, end="\r", flush=True)
             if not same:
@@ -154,11 +154,11 @@ def main() -> int:
     if missing:
         print(f"not installed: {', '.join(missing)}", file=sys.stderr)
         return 2
-    decoder = load(options.model)
+    served = load(options.model)
     with tempfile.TemporaryDirectory() as folder:
         command = worker_command(options.model)
         with Stack(Path(folder), Pace.quick(), worker_command=command) as stack:
-            outcome = asyncio.run(run(stack, decoder, tries=options.tries, seed=options.seed))
+            outcome = asyncio.run(run(stack, served, tries=options.tries, seed=options.seed))
     print(
         f"{options.model}, float32: {outcome.tries} answers, {outcome.taken_over} killed in the middle and taken over, "
         f"{outcome.equal} of {outcome.taken_over} equal to the uninterrupted run"

@@ -16,7 +16,7 @@ import pytest
 from tests.faults.faults import ROWS, Fault
 from tests.faults.run import run
 from tests.faults.stack import Pace, Stack
-from tests.integration.needs import need
+from tests.needs import need
 
 SEEDS = (1, 2, 3)
 FAULTS_PER_SEED = 16

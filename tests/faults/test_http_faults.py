@@ -13,7 +13,7 @@ import pytest
 from tests.faults.http_faults import HTTP_ROWS, run
 from tests.faults.http_stack import HttpStack
 from tests.faults.stack import Pace
-from tests.integration.needs import need
+from tests.needs import need
 
 
 @pytest.mark.slow

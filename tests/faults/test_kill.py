@@ -12,7 +12,7 @@ import pytest
 
 from tests.faults import kill
 from tests.faults.stack import Pace, Stack
-from tests.integration.needs import need
+from tests.needs import need
 
 TRIES = 3
 

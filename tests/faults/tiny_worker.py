@@ -10,8 +10,9 @@ import os
 import sys
 
 from axon_llm.errors import AxonError
+from axon_llm.serving.served_model import ServedModel
 from axon_llm.serving.settings import read_settings
-from axon_llm.serving.worker_process import Decoder, serve
+from axon_llm.serving.worker_process import serve
 from tests.faults import tiny_engine
 
 
@@ -23,7 +24,7 @@ def main() -> int:
     try:
         serve(
             read_settings(),
-            lambda: Decoder(
+            lambda: ServedModel(
                 engine=tiny_engine.TinyEngine(slots, step_s),
                 encode=tiny_engine.encode,
                 spell=tiny_engine.spell,

@@ -75,7 +75,11 @@ class Traffic:
         self._clients = clients
         self._deadline_s = 600.0
         self._tasks: list[asyncio.Task[None]] = []
-        self.set_back = False  # Redis was made to forget acknowledged writes: a log may be gone for good
+        self.set_back_at_unix_s = 0.0  # when Redis was last made to forget acknowledged writes
+
+    def may_be_gone(self, began_unix_s: float) -> bool:
+        """Whether a Redis that was set back may have forgotten for good what began at that time."""
+        return began_unix_s < self.set_back_at_unix_s
 
     def probe(self) -> None:
         """Submit one more job beside the clients, whatever becomes of it."""
@@ -169,7 +173,7 @@ class Traffic:
             except JobNotFound:
                 # A Redis that was set back may have lost the job with its last writes. Where the broker still has the
                 # message a worker creates it again; where the job had ended already, nobody can.
-                if not self.set_back:
+                if not self.may_be_gone(seen.job.created_at_unix_s):
                     raise
                 unknown_since = unknown_since or time.monotonic()
                 if time.monotonic() - unknown_since > GONE_S:
@@ -202,6 +206,7 @@ class Traffic:
 
     async def _session(self) -> None:
         tenant, session_id = self.rng.choice(("acme", "globex")), f"s-{uuid.uuid4().hex[:8]}"
+        began = time.time()
         for number in range(self.rng.randint(1, 3)):
             try:
                 history = await self.store.history(tenant, session_id)
@@ -221,9 +226,9 @@ class Traffic:
                 await asyncio.sleep(0.3)
                 return
             except TurnConflict:
-                if not (self.set_back or self.refused):
+                if not self.may_be_gone(began):
                     raise  # nobody else uses this session: its last turn was not let go of
-                return  # a store that was set back has forgotten a turn, or a refused one runs after all
+                return  # a store that was set back has forgotten a turn
 
 
 async def check(traffic: Traffic, *, patience_s: float) -> Verdict:
@@ -242,7 +247,7 @@ async def check(traffic: Traffic, *, patience_s: float) -> Verdict:
                 continue
             verdict.jobs += 1
             verdict.resumes += seen.resumes
-            kind, problem = await _problem(store, seen, commits, traffic.set_back)
+            kind, problem = await _problem(store, seen, commits, traffic.may_be_gone(seen.job.created_at_unix_s))
             terminal = seen.entries[-1].terminal if seen.entries else None
             verdict.taken_over += terminal is not None and terminal.attempts > 1
             setattr(verdict, kind, getattr(verdict, kind) + 1)
@@ -256,7 +261,7 @@ async def check(traffic: Traffic, *, patience_s: float) -> Verdict:
     return verdict
 
 
-async def _problem(store: SessionStore, seen: Seen, commits: Counter[str], set_back: bool) -> tuple[str, str]:
+async def _problem(store: SessionStore, seen: Seen, commits: Counter[str], may_be_gone: bool) -> tuple[str, str]:
     """Return which count of the verdict the job belongs to, and what is wrong with it if anything is."""
     job, entries = seen.job, seen.entries
     numbers = [entry.seq for entry in entries]
@@ -274,7 +279,7 @@ async def _problem(store: SessionStore, seen: Seen, commits: Counter[str], set_b
     terminal = entries[-1].terminal
     assert terminal is not None
     log = await store.read_log(job.ref)
-    gone = set_back and not log
+    gone = may_be_gone and not log
     if not gone and _content(log) != _content(entries):
         return "wrong", f"the client saw {len(entries)} entries, the log has {len(log)} or others"
     if seen.expect:

@@ -11,8 +11,8 @@ from pydantic import SecretStr
 from axon_llm.serving.settings import ServingSettings
 from tests.integration.backends import Backend, EmbeddedBackend, RealBackend
 from tests.integration.http_rig import http_backend, real_servers, rig  # noqa: F401 - fixtures
-from tests.integration.needs import need
 from tests.integration.servers import RabbitServer, RedisServer
+from tests.needs import need
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,19 +20,12 @@ from axon_llm.serving.http_auth import Anybody, Gateway, Keys
 from axon_llm.serving.http_server import HttpServer, listen
 from axon_llm.serving.http_service import Service
 from axon_llm.serving.http_settings import SessionManagerSettings
+from axon_llm.serving.wire import ModelCard
 from tests.integration.scripted_worker import CARD, MODEL, ScriptedWorker
-from tests.integration.servers import RabbitServer, RedisServer, missing_programs
+from tests.integration.servers import RabbitServer, RedisServer
+from tests.needs import need
 
 SETTINGS: dict[str, Any] = {"port": 0, "trust": "open", "heartbeat_s": 0.5, "drain_s": 1, "poll_s": 0.5}
-
-
-def require_programs(*names: str) -> None:
-    """Skips where a server is not installed; fails instead where everything ought to be."""
-    missing = missing_programs(*names)
-    if missing and os.environ.get("CI") == "true":
-        pytest.fail(f"not installed: {', '.join(missing)}")
-    if missing:
-        pytest.skip(f"not installed: {', '.join(missing)}")
 
 
 class Rig:
@@ -86,6 +78,9 @@ class Rig:
     def stop(self) -> None:
         self.loop.call_soon_threadsafe(self._server.stop)
         self._thread.join(20)
+        assert not self._thread.is_alive(), "the session manager does not end"
+        if self._failure is not None:
+            raise self._failure
 
 
 @dataclass
@@ -124,7 +119,10 @@ def embedded_backend(**overrides: Any) -> Backend:
         chosen = SessionManagerSettings(**{**SETTINGS, **overrides, **settings})
         return Service(chosen, store, queue, Anybody())
 
-    return Backend("embedded", make_service, lambda: ScriptedWorker(store.worker_side(), queue.source()))
+    def make_worker(card: ModelCard = CARD) -> ScriptedWorker:
+        return ScriptedWorker(store.worker_side(), queue.source(), card=card)
+
+    return Backend("embedded", make_service, make_worker)
 
 
 def real_backend(redis_server: RedisServer, rabbit: RabbitServer, **overrides: Any) -> Backend:
@@ -159,7 +157,7 @@ def real_backend(redis_server: RedisServer, rabbit: RabbitServer, **overrides: A
 
 @pytest.fixture(scope="session")
 def real_servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[RedisServer, RabbitServer]]:
-    require_programs("redis-server", "rabbitmq-server")
+    need("redis-server", "rabbitmq-server")
     folder: Path = tmp_path_factory.mktemp("servers")
     redis_server, rabbit = RedisServer(folder / "redis"), RabbitServer(folder / "rabbit")
     try:

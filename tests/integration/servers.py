@@ -21,6 +21,9 @@ from pathlib import Path
 RABBITMQ_BIN = Path(os.environ.get("RABBITMQ_BIN", "/usr/lib/rabbitmq/bin"))
 
 
+_given: set[int] = set()
+
+
 class ServerFailed(Exception):
     """A server did not start; the message ends with the tail of its log."""
 
@@ -35,13 +38,15 @@ def free_port() -> int:
     """Return a TCP port that nobody listens on now.
 
     It is none of those that the system gives to connections (on Linux from 32768 on): one could take it before the
-    server does for which it is meant.
+    server does for which it is meant. Nor is it one that was returned before.
     """
     while True:
         port = random.randint(10_000, 32_000)
         with contextlib.suppress(OSError), socket.socket() as probe:
             probe.bind(("127.0.0.1", port))
-            return port
+            if port not in _given:
+                _given.add(port)
+                return port
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float, what: str) -> None:
@@ -319,6 +324,7 @@ class TcpProxy:
         self._open.set()
         self._pairs: set[tuple[socket.socket, socket.socket]] = set()
         self._hung: set[tuple[socket.socket, socket.socket]] = set()
+        self._said: dict[tuple[socket.socket, socket.socket], bytes] = {}  # the first that each client said
         self._lock = threading.Lock()
         self._closed = False
         threading.Thread(target=self._accept, daemon=True).start()
@@ -327,10 +333,10 @@ class TcpProxy:
         """Let nothing through, without closing anything: half-open connections, and connects that get no answer."""
         self._open.clear()
 
-    def hang(self) -> None:
-        """Let nothing through the connections that there are, without closing them."""
+    def hang(self, said: bytes = b"") -> None:
+        """Let nothing through the connections on which a client has said this, without closing them."""
         with self._lock:
-            self._hung |= self._pairs
+            self._hung |= {pair for pair in self._pairs if said in self._said[pair]}
 
     def heal(self) -> None:
         """Let things through again; what was held back arrives late."""
@@ -374,6 +380,7 @@ class TcpProxy:
         pair = (client, server)
         with self._lock:
             self._pairs.add(pair)
+            self._said[pair] = b""
         for source, sink in (pair, pair[::-1]):
             threading.Thread(target=self._pump, args=(source, sink, pair), daemon=True).start()
 
@@ -381,6 +388,8 @@ class TcpProxy:
         with contextlib.suppress(OSError):
             while data := source.recv(65536):
                 self._open.wait()
+                if source is pair[0] and len(self._said[pair]) < 10_000:
+                    self._said[pair] += data
                 if pair in self._hung:
                     continue
                 if self.delay_s:

@@ -18,18 +18,19 @@ import openai
 import pytest
 
 from tests.integration.gateway_rig import SECRET, Front
-from tests.integration.http_rig import Rig, real_backend, require_programs
+from tests.integration.http_rig import Rig, real_backend
 from tests.integration.scripted_worker import MODEL
 from tests.integration.servers import RabbitServer, RedisServer
 from tests.integration.test_http_bad_input import BAD_BODIES, BAD_HEADERS, BAD_HTTP, CHAT, JSON, exchange, head
 from tests.integration.test_http_jobs import request, until
+from tests.needs import need
 
 CHATS = "/v1/chat/completions"
 
 
 @pytest.fixture(scope="module")
 def front(real_servers: tuple[RedisServer, RabbitServer], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Front]:
-    require_programs("nginx")
+    need("nginx", "openssl")
     backend = real_backend(*real_servers, trust="gateway", gateway_secret=SECRET)
     worker = backend.make_worker()
     worker.start()

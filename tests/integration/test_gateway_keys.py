@@ -21,15 +21,15 @@ from axon_llm.serving.ports import StoreUnavailable
 from axon_llm.serving.rate_limit import RateLimit
 from axon_llm.serving.redis_client import asyncio_client
 from axon_llm.serving.settings import ServingSettings
-from tests.integration.http_rig import require_programs
 from tests.integration.servers import RedisServer, free_port
+from tests.needs import need
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
-    require_programs("redis-server")
+    need("redis-server")
     running = RedisServer(tmp_path_factory.mktemp("keys"))
     running.start()
     yield running
@@ -61,6 +61,8 @@ def axon_keys(server: RedisServer, *arguments: str, status: int = 0) -> subproce
 
 
 def test_a_key_verifies_and_only_its_hash_is_stored(server: RedisServer) -> None:
+    made: list[str] = []
+
     async def work(client: Any) -> None:
         store = KeyStore(client)
         key, text = await store.create("acme", "laptop")
@@ -68,17 +70,21 @@ def test_a_key_verifies_and_only_its_hash_is_stored(server: RedisServer) -> None
         assert await store.verify(text) == key
         for wrong in (text[:-1], text + "A", text.upper(), text.replace(key.id, "0" * 16), "", "axk__", f" {text}"):
             assert await store.verify(wrong) is None
+        made.append(text)
 
     with_client(server.url(), work)
+    made.append(json.loads(axon_keys(server, "create", "acme", "--json").stdout)["key"])
     connection = redis.Redis.from_url(server.url(), decode_responses=True)
     stored = " ".join(
         str(connection.hgetall(name) if connection.type(name) == "hash" else connection.smembers(name))
         for name in connection.keys("*")
     )
     connection.close()
-    secret_parts = json.loads(axon_keys(server, "create", "acme", "--json").stdout)["key"].split("_", 2)
-    assert len(secret_parts[2]) == 43
-    assert secret_parts[2] not in stored
+    for text in made:
+        _, key_id, secret = text.split("_", 2)
+        assert len(secret) == 43
+        assert key_id in stored
+        assert secret not in stored
 
 
 def test_keys_are_made_listed_and_revoked_from_the_command_line(server: RedisServer) -> None:

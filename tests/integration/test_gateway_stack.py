@@ -17,8 +17,8 @@ import httpx
 import openai
 import pytest
 
-from tests.integration.http_rig import require_programs
 from tests.integration.servers import wait_until
+from tests.needs import need
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = "random:tiny"
@@ -41,8 +41,22 @@ class Stack:
             assert self.process.poll() is None, self.log
             return "Ctrl-C stops" in self.log
 
-        wait_until(ready, 240, "the stack is up")
-        self.base_url, self.key = re.findall(r"OPENAI_BASE_URL=(\S+) OPENAI_API_KEY=(\S+)", self.log)[0]
+        try:
+            wait_until(ready, 240, "the stack is up")
+            self.base_url, self.key = re.findall(r"OPENAI_BASE_URL=(\S+) OPENAI_API_KEY=(\S+)", self.log)[0]
+        except BaseException:
+            self.stop()
+            raise
+
+    def stop(self) -> None:
+        """As Ctrl-C does; with force should that not be enough."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGINT)
+        try:
+            self.process.wait(60)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
 
     @property
     def log(self) -> str:
@@ -57,12 +71,10 @@ class Stack:
 
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    require_programs("redis-server", "rabbitmq-server", "nginx")
+    need("redis-server", "rabbitmq-server", "nginx", "bash", "curl")
     running = Stack(tmp_path_factory.mktemp("stack"))
     yield running
-    if running.process.poll() is None:
-        running.process.send_signal(signal.SIGINT)
-        running.process.wait(60)
+    running.stop()
 
 
 def sampled(**more: Any) -> dict[str, Any]:
@@ -99,9 +111,9 @@ def test_five_turns_of_a_session_each_see_those_before(stack: Stack) -> None:
 
 
 def test_workers_killed_in_a_sampled_answer_are_a_pause_and_nothing_else(stack: Stack) -> None:
-    whole = stack.client().chat.completions.create(**sampled())
+    whole = stack.client().chat.completions.create(**sampled(max_tokens=1000))
     seen: list[Any] = []
-    for chunk in stack.client().chat.completions.create(**sampled(), stream=True):
+    for chunk in stack.client().chat.completions.create(**sampled(max_tokens=1000), stream=True):
         seen.append(chunk)
         if len(seen) == 20:
             # All of them, and so whoever has the job; the stack starts others.
@@ -110,12 +122,16 @@ def test_workers_killed_in_a_sampled_answer_are_a_pause_and_nothing_else(stack: 
                     os.kill(pid, signal.SIGKILL)
     assert "".join(chunk.choices[0].delta.content or "" for chunk in seen) == whole.choices[0].message.content
     wait_until(lambda: "starting it again" in stack.log, 30, "the stack noticed")
+    headers = {"authorization": f"Bearer {stack.key}"}
+    assert httpx.get(f"{stack.base_url}/jobs/{seen[0].id}", headers=headers).json()["attempts"] == 2
 
 
 def test_no_secret_is_among_the_arguments_of_any_process(stack: Stack) -> None:
-    redis_password = (stack.log_path.parent / "data" / "redis" / "users.acl").read_text()
-    assert "#" in redis_password  # hashes alone
+    users = (stack.log_path.parent / "data" / "redis" / "users.acl").read_text()
+    assert "#" in users
+    assert ">" not in users  # hashes alone
     for name in ("session-manager", "worker"):
+        assert stack.pids(name)
         for pid in stack.pids(name):
             path = Path(f"/proc/{pid}/cmdline")
             if path.exists():

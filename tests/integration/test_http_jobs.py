@@ -74,6 +74,11 @@ def test_a_failed_job_tells_why(rig: Rig) -> None:
     assert answer.status_code == 400
     # The job's id is not in an error's body; what failed can be followed only by who was told it.
     assert answer.json()["error"]["code"] == "some_code"
+    job_id = begin(rig, request("break"))["id"]
+    status = until(lambda: (found := state(rig, job_id))["state"] == "done" and found, "it ended")
+    assert status["finish_reason"] == "error"
+    assert status["error"]["code"] == "broken"
+    assert status["error"]["message"]
 
 
 @pytest.mark.parametrize("after", range(5))
@@ -338,17 +343,22 @@ def test_many_requests_at_once_get_no_more_places_than_there_are(
     small = http_backend.rig(max_streams=2)
     try:
         publish = small.service.queue.publish
+        statuses: list[int] = []
 
-        async def slowly(job: Job) -> None:
-            await asyncio.sleep(0.5)
+        async def when_the_others_are_refused(job: Job) -> None:
+            while len(statuses) < 6:
+                await asyncio.sleep(0.01)
             await publish(job)
 
-        monkeypatch.setattr(small.service.queue, "publish", slowly)
+        monkeypatch.setattr(small.service.queue, "publish", when_the_others_are_refused)
+
+        def ask(_: int) -> None:
+            answer = httpx.post(small.url + "/v1/chat/completions", json=request("count 1"), timeout=20)
+            statuses.append(answer.status_code)
+
         with ThreadPoolExecutor(8) as pool:
-            answers = list(
-                pool.map(lambda _: httpx.post(small.url + "/v1/chat/completions", json=request("count 1")), range(8))
-            )
-        assert sorted(answer.status_code for answer in answers) == [200] * 2 + [503] * 6
+            list(pool.map(ask, range(8)))
+        assert statuses == [503] * 6 + [200] * 2
         until(lambda: small.service.streams == 0, "all places are left")
     finally:
         small.stop()

@@ -12,7 +12,7 @@ import redis
 
 from axon_llm.serving.redis_scripts import WORKERS, worker_key
 from axon_llm.serving.wire import encode
-from tests.integration.http_rig import Backend, Rig, real_backend
+from tests.integration.http_rig import Backend, Rig, embedded_backend, real_backend
 from tests.integration.scripted_worker import CARD, MODEL
 from tests.integration.servers import RabbitServer, RedisServer
 from tests.integration.test_http_jobs import request
@@ -42,6 +42,23 @@ def test_every_job_reaches_a_worker_that_serves_its_model(two_models: tuple[Rig,
         body = {**request("count 2"), "model": (MODEL, OTHER)[number % 2]}
         answer = httpx.post(rig.url + "/v1/chat/completions", json=body)
         assert (answer.status_code, answer.json()["model"]) == (200, body["model"])
+
+
+def test_what_the_authors_recommend_fills_in_what_a_request_leaves_out_and_no_more() -> None:
+    backend = embedded_backend()
+    recommended = {"temperature": 0.6, "top_k": 20}
+    worker = backend.make_worker(CARD.model_copy(update={"generation_defaults": recommended}))
+    worker.start()
+    rig = backend.rig()
+    try:
+        for given in ({}, {"temperature": 1.5}, {"temperature": 0, "top_k": 3}):
+            answer = httpx.post(rig.url + "/v1/chat/completions", json=request("count 1", **given))
+            assert answer.status_code == 200
+            sampling = worker.jobs[-1].sampling
+            assert {"temperature": sampling.temperature, "top_k": sampling.top_k} == {**recommended, **given}
+    finally:
+        rig.stop()
+        worker.stop()
 
 
 def test_announcements_of_a_newer_version_are_read_and_unreadable_ones_are_passed_over(

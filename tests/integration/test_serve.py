@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,12 @@ import httpx
 import openai
 import pytest
 
+from axon_llm.serving import serve as program
+from axon_llm.serving.http_settings import SessionManagerSettings
+from axon_llm.serving.served_model import ServedModel
+from tests.faults import tiny_engine
 from tests.integration.servers import free_port, wait_until
+from tests.processes import ended
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = "random:tiny"
@@ -208,16 +215,70 @@ def test_it_ends_at_once_and_tidily(tmp_path: Path, number: int, status: int) ->
         running.stop()
 
 
+def test_a_server_whose_engine_dies_ends_with_its_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(program, "_LOOK_S", 0.05)
+
+    class Broken(tiny_engine.TinyEngine):
+        def step(self) -> list[Any]:
+            raise RuntimeError("the device is gone")
+
+    statuses = []
+
+    def ask(url: str, metrics_port: int) -> None:
+        def post() -> None:
+            with contextlib.suppress(httpx.HTTPError):
+                body = {"model": tiny_engine.MODEL, "prompt": "hi", "max_tokens": 3}
+                statuses.append(httpx.post(url + "/v1/completions", json=body, timeout=20).status_code)
+
+        threading.Thread(target=post).start()
+
+    served = ServedModel(Broken(4, 0.0), tiny_engine.encode, tiny_engine.spell, (tiny_engine.model_card(),))
+    settings = SessionManagerSettings(port=0, metrics_port=0, drain_s=1)
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        program.run(settings, lambda: served, ask)
+    assert 200 not in statuses
+
+
+def test_the_metrics_of_server_and_engine_are_on_a_port_of_their_own() -> None:
+    shown: list[str] = []
+
+    def look(url: str, metrics_port: int) -> None:
+        def get() -> None:
+            body = {"model": tiny_engine.MODEL, "prompt": "hi", "max_tokens": 3}
+            assert httpx.post(url + "/v1/completions", json=body, timeout=20).status_code == 200
+            shown.append(httpx.get(f"http://127.0.0.1:{metrics_port}/metrics").text)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        threading.Thread(target=get).start()
+
+    served = ServedModel(
+        tiny_engine.TinyEngine(4, 0.0), tiny_engine.encode, tiny_engine.spell, (tiny_engine.model_card(),)
+    )
+    assert program.run(SessionManagerSettings(port=0, metrics_port=0), lambda: served, look) == signal.SIGTERM
+    [text] = shown
+    for line in (
+        "axon_jobs_submitted_total 1.0",
+        "axon_session_manager_ttft_seconds_count 1.0",
+        "axon_open_streams 0.0",
+        "axon_generated_tokens_total 3.0",
+        "axon_slots 4.0",
+    ):
+        assert f"\n{line}\n" in text, line
+
+
 def test_a_model_that_is_not_there_is_exit_3_and_one_line(tmp_path: Path) -> None:
     running = Serve(tmp_path / "log", "-m", "no-such-model")
-    assert running.process.wait(60) == 3
+    with ended(running.process):
+        assert running.process.wait(60) == 3
     assert "no-such-model" in running.log
     assert "Traceback" not in running.log
+    assert running.log.count("axon: error: ") == 1
 
 
 def test_a_port_that_is_taken_is_exit_2_before_the_model_is_loaded(serve: Serve, tmp_path: Path) -> None:
     second = Serve(tmp_path / "log", "-m", "no-such-model", "--port", str(serve.port))
-    assert second.process.wait(60) == 2
+    with ended(second.process):
+        assert second.process.wait(60) == 2
     assert "Cannot listen" in second.log
 
 

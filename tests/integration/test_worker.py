@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from axon_llm.serving.embedded import EmbeddedQueue, EmbeddedStore
-from axon_llm.serving.metrics import Health, WorkerMetrics
+from axon_llm.serving.metrics import Health, MetricsServer, WorkerMetrics
 from axon_llm.serving.ports import Claim, Delivery, Emit, EmitResult, StoreUnavailable, WorkerStore
 from axon_llm.serving.wire import Job, LogEntry, Message, Sampling, Terminal, WorkerCard, encode
 from axon_llm.serving.worker import Worker
@@ -28,6 +28,7 @@ from tests.faults.stack import environment
 from tests.integration.backends import in_event_loop, make_job
 from tests.integration.conftest import settings_for
 from tests.integration.servers import RabbitServer, RedisServer, wait_until
+from tests.processes import ended
 
 SETTINGS = settings_for("redis://unused", "amqp://unused")
 
@@ -109,6 +110,17 @@ async def test_jobs_are_decoded_side_by_side_as_the_reference_has_it() -> None:
             wait_until, lambda: worker._metrics.ended.labels("length")._value.get() == 10, 5, "all are counted"
         )
         assert metric(worker, "axon_generated_tokens_total") == sum(job.sampling.max_tokens for job in jobs)
+        tokens = sum(job.sampling.max_tokens for job in jobs)
+        for name, count in (
+            ("time_to_first_token_seconds", 10),
+            ("time_per_output_token_seconds", 10),
+            ("inter_token_latency_seconds", tokens - 10),
+            ("queue_seconds", 10),
+            ("job_seconds", 10),
+        ):
+            assert metric(worker, f"axon_{name}_count") == count, name
+        assert metric(worker, "axon_emit_seconds_count") > 0
+        assert metric(worker, "axon_prompt_tokens_total") > 0
         [card] = await bench.store.workers()
         assert card.models == (tiny_engine.model_card(),)
 
@@ -222,18 +234,27 @@ async def test_a_prompt_that_brings_out_a_fault_ends_with_a_reason_and_takes_nob
 
 
 class UnsteadyStore:
-    """Knows no job, lets everybody run but a suspect that is claimed for the first time, and may be away."""
+    """Knows no job, lets everybody run but a suspect that is claimed for the first time, and may be away.
+
+    Attributes:
+        logged: entries that each job's log is said to have.
+    """
 
     def __init__(self) -> None:
         self.away = False
+        self.logged: list[LogEntry] = []
+        self.sent: list[LogEntry] = []
         self._claimed: set[str] = set()
 
     def claim(self, job: Job, worker_id: str, *, redelivered: bool = False, solo: bool = False) -> Claim:
         first = job.job_id not in self._claimed
         self._claimed.add(job.job_id)
-        return Claim("busy", retry_after_s=0.1) if solo and first else Claim("run", fence=1)
+        if solo and first:
+            return Claim("busy", retry_after_s=0.1)
+        return Claim("run", fence=1 if first else 2, attempt=1 if first else 3, entries=tuple(self.logged))
 
     def emit(self, emits: Sequence[Emit]) -> list[EmitResult]:
+        self.sent += [entry for emit in emits for entry in emit.entries]
         return [EmitResult("ok", emit.entries[-1].seq + 1 if emit.entries else 1) for emit in emits]
 
     def announce(self, card: WorkerCard, ttl_s: float) -> None:
@@ -272,6 +293,42 @@ def test_a_suspect_that_had_to_wait_still_runs_alone() -> None:
     worker._drop(next(iter(worker._held.values())))
     worker._turn()
     assert [key[1] for key in worker._held] == [suspect.job_id]
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_job_that_comes_back_goes_on_where_its_log_ends_and_in_the_words_of_its_log(same: bool) -> None:
+    store = UnsteadyStore()
+    worker = still_worker(store, Health())
+    job, now = make_job(max_tokens=40), 0
+    worker._source.is_current = lambda delivery: delivery.generation == now  # type: ignore[method-assign]
+
+    def deliver() -> None:
+        worker._intake.put(
+            Delivery(body=encode(job), solo=False, redelivered=now > 0, generation=now, tag=1, queue_name="jobs")
+        )
+
+    deliver()
+    for _ in range(5):
+        worker._turn()
+    written = list(store.sent)
+    assert 3 <= len(written) < 40
+    # The connection is lost. Another worker goes on, rounding otherwise, and is lost, too.
+    changed = LogEntry(seq=len(written), token=7, text="other")
+    store.logged = [*written[:-1], written[-1] if same else changed]
+    store.sent, now = [], 1
+    deliver()
+    [before] = worker._held.values()
+    worker._turn()
+    [held] = worker._held.values()
+    assert (held is before) is same
+    assert (held.fence, held.attempt, held.delivery.generation) == (2, 3, 1)
+    for _ in range(60):
+        worker._turn()
+    assert [entry.seq for entry in store.sent] == list(range(len(written) + 1, 41))
+    whole = content([*store.logged, *store.sent])
+    assert (whole == tiny_engine.reference(job)) is same
+    assert terminal_of(store.sent).attempts == 3
+    assert not worker._held
 
 
 def test_an_idle_worker_is_ready_again_when_the_store_is_back() -> None:
@@ -395,8 +452,8 @@ def test_a_worker_without_redis_or_broker_says_so_in_one_line_and_exits_with_4(
         (("redis://127.0.0.1:1", "amqp://u:secret@127.0.0.1:1/"), (redis_server.url(), "amqp://u:secret@127.0.0.1:1/"))
     ):
         log = tmp_path / f"{number}.log"
-        process = worker_process(*urls, log)
-        assert process.wait(20) == 4
+        with ended(worker_process(*urls, log)) as process:
+            assert process.wait(20) == 4
         lines = log.read_text().splitlines()
         assert len(lines) == 1
         assert lines[0].startswith("error: ")
@@ -409,6 +466,23 @@ def fetch(port: int, path: str) -> tuple[int, str]:
             return answer.status, answer.read().decode()
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode()
+
+
+def test_a_loop_that_no_longer_turns_is_unhealthy_and_not_ready() -> None:
+    health = Health(stale_s=0.2)
+    server = MetricsServer(WorkerMetrics(), health, "127.0.0.1", 0)
+    try:
+        assert fetch(server.port, "/ready") == (503, "starting\n")
+        health.ready = True
+        health.beat()
+        assert fetch(server.port, "/ready") == (200, "ready\n")
+        time.sleep(0.3)
+        assert fetch(server.port, "/health") == (503, "stuck\n")
+        assert fetch(server.port, "/ready")[0] == 503
+        health.beat()
+        assert fetch(server.port, "/health") == (200, "ok\n")
+    finally:
+        server.close()
 
 
 def test_a_worker_process_shows_its_health_and_metrics_and_leaves_tidily(

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from axon_llm.serving.decoder import load_decoder
 from axon_llm.serving.embedded import EmbeddedQueue, EmbeddedStore
+from axon_llm.serving.model_loading import load_served_model
+from axon_llm.serving.served_model import ServedModel
 from axon_llm.serving.wire import Job, LogEntry, Sampling
 from axon_llm.serving.worker import Worker
-from axon_llm.serving.worker_process import Decoder
 from tests.integration.backends import in_event_loop, make_job
 from tests.integration.conftest import settings_for
 
@@ -20,24 +20,24 @@ PROMPT = "Once upon a time there was a little house at the end of a long road, a
 
 
 @pytest.fixture(scope="module")
-def decoder() -> Decoder:
-    return load_decoder("axon-tiny", dtype="float32", slots=2, max_seq_len=128)
+def served() -> ServedModel:
+    return load_served_model("axon-tiny", dtype="float32", slots=2, max_seq_len=128)
 
 
 class Bench:
     """One worker on an embedded store and queue."""
 
-    def __init__(self, decoder: Decoder) -> None:
-        self.decoder = decoder
+    def __init__(self, served: ServedModel) -> None:
+        self.served = served
         self.store, self.queue = EmbeddedStore(SETTINGS), EmbeddedQueue(SETTINGS, prefetch=2)
         self.worker = Worker(
             SETTINGS,
-            decoder.engine,
+            served.engine,
             self.store.worker_side(),
             self.queue.source(),
-            encode=decoder.encode,
-            spell=decoder.spell,
-            models=decoder.models,
+            encode=served.encode,
+            spell=served.spell,
+            models=served.models,
             worker_id="w1",
         )
         self._thread = threading.Thread(target=self.worker.run)
@@ -54,8 +54,8 @@ class Bench:
 
 
 @pytest.fixture
-def bench(decoder: Decoder) -> Iterator[Bench]:
-    running = Bench(decoder)
+def bench(served: ServedModel) -> Iterator[Bench]:
+    running = Bench(served)
     yield running
     running.stop()
 
@@ -69,7 +69,7 @@ def cached_tokens(entries: list[LogEntry]) -> int:
 
 @in_event_loop
 async def test_a_prompt_that_another_tenant_sent_is_not_taken_from_the_cache(bench: Bench) -> None:
-    [model] = bench.decoder.models
+    [model] = bench.served.models
     found = [
         cached_tokens(await bench.answer(make_job(tenant=tenant, model=model.id, prompt=PROMPT, max_tokens=2)))
         for tenant in ("alice", "alice", "mallory", "mallory")
@@ -82,7 +82,7 @@ async def test_a_prompt_that_another_tenant_sent_is_not_taken_from_the_cache(ben
 
 @in_event_loop
 async def test_logprobs_name_the_tokens_themselves_where_the_text_lags_behind(bench: Bench) -> None:
-    [model] = bench.decoder.models
+    [model] = bench.served.models
     greedy = Sampling(max_tokens=20, temperature=0, logprobs=1, seed=5, ignore_eos=True)
     [_, second, *_] = await bench.answer(make_job(model=model.id, prompt=PROMPT, sampling=greedy))
     # Begins as the second token's text does and never goes on as the answer does: that text is held for a while.
@@ -91,7 +91,7 @@ async def test_logprobs_name_the_tokens_themselves_where_the_text_lags_behind(be
     assert len(entries) == 20
     for entry in entries:
         assert entry.token is not None
-        assert entry.token_text == bench.decoder.spell(entry.token)[0]
+        assert entry.token_text == bench.served.spell(entry.token)[0]
     assert [entry.token_text for entry in entries] != [entry.text for entry in entries]
     plain = sampling.model_copy(update={"logprobs": None})
     unscored = await bench.answer(make_job(model=model.id, prompt=PROMPT, sampling=plain))

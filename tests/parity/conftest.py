@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 
-transformers = pytest.importorskip("transformers", reason="the reference implementation is not installed")
+from tests.needs import need_module
+
+transformers = need_module("transformers")  # the reference implementation
 
 CLASSES = {
     "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),

@@ -114,5 +114,5 @@ def test_with_only_the_logits_are_those_of_that_token() -> None:
     model = make_model(CONFIGS["GQA"])
     tokens, positions = torch.randint(0, 211, (2, 12)), torch.arange(12).expand(2, 12)
     every = model(tokens, positions)
-    some = model(tokens, positions, only=torch.tensor([4, 11]))
+    some = model(tokens, positions, logits_at=torch.tensor([4, 11]))
     assert torch.allclose(some[:, 0], every[[0, 1], [4, 11]], atol=1e-5)

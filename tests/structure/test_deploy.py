@@ -6,11 +6,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from axon_llm.serving.http_settings import SessionManagerSettings
+from tests.needs import need_module
 
-yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
+yaml = need_module("yaml")
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "deploy" / "k8s"

@@ -53,6 +53,9 @@ def module_of(path: Path) -> str:
     return name.removesuffix(".__init__")
 
 
+MODULES = {module_of(path) for path in FILES}
+
+
 def imports(path: Path, *, when_typing: bool = True) -> Iterator[str]:
     """Absolute names of everything a file imports, wherever in the file it does so."""
     package = module_of(path).split(".")
@@ -72,9 +75,10 @@ def imports(path: Path, *, when_typing: bool = True) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
             source = ".".join([*base, *([node.module] if node.module else [])])
-            yield from (
-                (f"{source}.{alias.name}" for alias in node.names) if node.level and not node.module else (source,)
-            )
+            if not (node.level and not node.module):
+                yield source
+            parts = (f"{source}.{alias.name}" for alias in node.names)  # from a package, its modules
+            yield from (part for part in parts if part in MODULES or (node.level and not node.module))
 
 
 def within(name: str, *parents: str) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
+
 import pytest
 
 from axon_llm.chat_template import ChatTemplate
@@ -22,6 +24,11 @@ def test_what_published_templates_use_is_there() -> None:
     )
     messages = [{"role": "user", "content": f" é{i} "} for i in range(9)]
     assert render(source, messages) == '<s>"é0""é1""é2"go4True'
+
+
+def test_a_template_that_writes_the_date_writes_the_one_it_is_told() -> None:
+    template = ChatTemplate("{% macro today() %}{{ strftime_now('%d %b %Y %H') }}{% endmacro %}{{ today() }}", {})
+    assert template.render(USER, now=datetime(2001, 2, 3, 23, 59, tzinfo=UTC)) == "03 Feb 2001 23"
 
 
 def test_a_template_may_refuse_a_conversation() -> None:

@@ -18,6 +18,7 @@ from axon_llm.engine.params import SamplingParams
 from axon_llm.errors import RequestError
 from axon_llm.tokenizer import byte_tokenizer
 from cli.conversation import Conversation
+from tests.processes import ended
 from tests.unit.terminal import TINY, axon
 from tests.unit.tiny import tiny_model
 
@@ -76,24 +77,35 @@ def test_answers_alone_are_on_standard_output() -> None:
 
 def test_a_system_message_changes_the_prompt_and_begins_anew() -> None:
     chat = conversation()
-    plain = say(chat, "hi")
-    assert chat.turns[0].usage is not None
+    say(chat, "hi")
+    [plain] = [turn.usage for turn in chat.turns]
     chat.system = "short"
     chat.reset()
     assert chat.messages == []
     say(chat, "hi")
-    assert chat.turns[0].usage is not None
-    assert len(chat.turns) == 1
-    assert plain
-    assert (
-        axon("chat", *TINY, *GREEDY, "--system", "short", stdin="hi\n").err
-        != axon("chat", *TINY, *GREEDY, stdin="hi\n").err
-    )
+    [told] = [turn.usage for turn in chat.turns]
+    assert plain is not None
+    assert told is not None
+    assert told.prompt_tokens == plain.prompt_tokens + len("system: short\n")
+    first = re.compile(r"(\d+) prompt tokens")
+    from_words = [
+        first.findall(axon("chat", *TINY, *GREEDY, *words, stdin="hi\n").err) for words in ((), ("--system", "short"))
+    ]
+    assert from_words == [[str(plain.prompt_tokens)], [str(told.prompt_tokens)]]
 
 
-def test_messages_with_a_slash_in_front_and_over_several_lines_can_be_sent() -> None:
+def test_messages_with_a_slash_in_front_and_over_several_lines_can_be_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[str] = []
+    really = Conversation.answer
+
+    def answer(self: Conversation, text: str, *more: Any) -> Any:
+        heard.append(text)
+        return really(self, text, *more)
+
+    monkeypatch.setattr(Conversation, "answer", answer)
     sent = axon("chat", *TINY, *GREEDY, stdin="//etc is a folder\none \\\ntwo\n")
     assert sent.err.count("generated (length)") == 2
+    assert heard == ["/etc is a folder", "one \ntwo"]
 
 
 def test_a_full_context_drops_the_oldest_turns_and_keeps_answering() -> None:
@@ -141,13 +153,14 @@ def test_ctrl_c_stops_the_answer_and_not_the_program() -> None:
         stderr=subprocess.PIPE,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    assert running.stdin is not None
-    assert running.stdout is not None
-    running.stdin.write(b"hello\n")
-    running.stdin.flush()
-    running.stdout.read(2)
-    running.send_signal(signal.SIGINT)
-    _, err = running.communicate(b"/stats\n", timeout=120)
-    assert running.returncode == 0
-    assert b"(cancelled)" in err
-    assert b"turns: 1" in err
+    with ended(running):
+        assert running.stdin is not None
+        assert running.stdout is not None
+        running.stdin.write(b"hello\n")
+        running.stdin.flush()
+        running.stdout.read(2)
+        running.send_signal(signal.SIGINT)
+        _, err = running.communicate(b"/stats\n", timeout=120)
+        assert running.returncode == 0
+        assert b"(cancelled)" in err
+        assert b"turns: 1" in err

@@ -20,6 +20,7 @@ from axon_llm.config import ModelConfig
 from axon_llm.errors import ServiceUnavailable
 from axon_llm.tokenizer import byte_tokenizer
 from cli import main as front
+from tests.processes import ended
 from tests.unit.terminal import TINY, Result, axon
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -261,11 +262,11 @@ def test_a_reader_that_had_enough_makes_no_noise() -> None:
     running = process("generate", "hi", *TINY, "-n", "1500", "-t", "0")
     assert running.stdout is not None
     assert running.stderr is not None
-    running.stdout.read(3)
-    running.stdout.close()
-    assert running.stderr.read() == b""
-    running.stderr.close()
-    assert running.wait() == 0
+    with ended(running):
+        running.stdout.read(3)
+        running.stdout.close()
+        assert running.stderr.read() == b""
+        assert running.wait() == 0
 
 
 def without(closed: str, *words: str, **variables: str) -> subprocess.CompletedProcess[bytes]:
@@ -330,8 +331,12 @@ def test_a_chat_prompts_on_a_terminal_of_any_encoding() -> None:
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "latin-1", "TERM": "dumb"},
     )
     os.close(slave)
-    os.write(master, b"/exit\n")
-    _, err = running.communicate(timeout=120)
+    with ended(running):
+        shown = b""
+        while b"? " not in shown:  # "›" is none of this encoding's
+            shown += os.read(master, 1000)
+        os.write(master, b"/exit\n")
+        _, err = running.communicate(timeout=120)
     os.close(master)
     assert running.returncode == 0, err
     assert b"error" not in err

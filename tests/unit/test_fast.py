@@ -115,9 +115,12 @@ def test_an_unknown_quantisation_is_refused() -> None:
 @pytest.mark.parametrize("plan", PLANS, ids=lambda plan: f"{plan.kernel}-{'fused' if plan.fuse else 'separate'}")
 def test_a_compiled_decode_step_is_one_graph_and_gives_the_same_logits(plan: Plan) -> None:
     model = accelerate(random_model(CONFIG), plan=plan)
-    cache = KVCache(CONFIG, slots=1, max_seq_len=16)
-    tokens, positions = torch.tensor([[5]]), torch.tensor([[0]])
+    prompt, positions = torch.arange(1, 8)[None], torch.arange(7)[None]
+    caches = [KVCache(CONFIG, slots=1, max_seq_len=16) for _ in range(2)]
+    step = torch.compile(lambda t, p: model(t, p, caches[1]), fullgraph=True)
     with torch.inference_mode():
-        expected = model(tokens, positions, cache)
-        step = torch.compile(lambda t, p: model(t, p, cache), fullgraph=True)
-        torch.testing.assert_close(step(tokens, positions), expected, rtol=1e-4, atol=1e-4)
+        for cache in caches:
+            model(prompt, positions, cache)
+        for token, position in ((5, 7), (9, 8)):  # with something in the cache to look at
+            one, at = torch.tensor([[token]]), torch.tensor([[position]])
+            torch.testing.assert_close(step(one, at), model(one, at, caches[0]), rtol=1e-4, atol=1e-4)

@@ -20,6 +20,7 @@ from axon_llm.checkpoint import random_model
 from axon_llm.config import ModelConfig
 from axon_llm.errors import AxonError, UsageError
 from axon_llm.shapes import SHAPES, shape_config
+from tests.needs import need_module
 
 CASE = Case("tg", 4, depth=8)
 
@@ -70,7 +71,7 @@ def test_ratios_pair_repetitions_and_leave_out_the_warm_up() -> None:
 
 @pytest.mark.parametrize("kind", ["BF16", "Q8_0", "Q4_0"])
 def test_a_gguf_holds_the_weights(tmp_path: Path, kind: str) -> None:
-    gguf = pytest.importorskip("gguf", reason="the bench extra is not installed")
+    gguf = need_module("gguf")
     config = ModelConfig(
         vocab_size=96, hidden_size=64, intermediate_size=160, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16,
         max_position_embeddings=64, tie_word_embeddings=True,
@@ -86,7 +87,7 @@ def test_a_gguf_holds_the_weights(tmp_path: Path, kind: str) -> None:
 
 
 def test_a_gguf_of_another_family_is_refused(tmp_path: Path) -> None:
-    pytest.importorskip("gguf", reason="the bench extra is not installed")
+    need_module("gguf")
     model = random_model(shape_config("tiny"), torch.device("cpu"), torch.bfloat16)
     object.__setattr__(model.config, "family", "qwen3")
     with pytest.raises(UsageError, match="qwen3"):
@@ -105,7 +106,7 @@ def test_a_gguf_of_another_family_is_refused(tmp_path: Path) -> None:
 def test_a_gguf_has_what_its_family_computes_with(
     tmp_path: Path, family: str, architecture: str, more: dict[str, Any]
 ) -> None:
-    gguf = pytest.importorskip("gguf", reason="the bench extra is not installed")
+    gguf = need_module("gguf")
     raw = {**SHAPES["tiny"], "model_type": family, "hidden_size": 64, **more}
     config = ModelConfig.from_dict(raw)
     model = random_model(config, torch.device("cpu"), torch.bfloat16)
@@ -126,7 +127,7 @@ def test_a_gguf_has_what_its_family_computes_with(
 
 
 def test_a_gguf_of_a_model_with_a_sliding_window_is_refused(tmp_path: Path) -> None:
-    pytest.importorskip("gguf", reason="the bench extra is not installed")
+    need_module("gguf")
     config = ModelConfig.from_dict({**SHAPES["tiny"], "model_type": "mistral", "sliding_window": 16})
     with pytest.raises(UsageError, match="mistral"):
         write_gguf(random_model(config, torch.device("cpu"), torch.bfloat16), tmp_path / "x.gguf")

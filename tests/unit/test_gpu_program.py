@@ -108,14 +108,18 @@ def test_a_mode_that_ran_other_than_asked_is_written_and_fails(
     assert measure_modes("s", ["bf16"], tmp_path) == 0
 
 
-def test_stages_can_be_named_and_a_wrong_name_is_said_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_stages_can_be_named_and_a_wrong_name_is_said_so(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     started = play(monkeypatch, tmp_path, all_well)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.delenv("GPT_FAST", raising=False)
     assert gpu.main(["--out", str(tmp_path), "--stage", "1B shape", "--stage", "tests"]) == 0
     assert started == [["bf16", "int8", "int4"], ["tests"]]
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as refused:
         gpu.main(["--out", str(tmp_path), "--stage", "8B shape and gpt-fast"])
+    assert refused.value.code == 2
+    assert "8B shape and gpt-fast" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")

@@ -125,6 +125,26 @@ def test_nothing_is_moved_while_one_conversation_goes_on() -> None:
     assert ledger.moved == 0
 
 
+def test_a_conversation_whose_end_changes_forgets_that_end_and_no_other_conversation() -> None:
+    slots, ledger = table(3)
+    for tokens in (A, B, C):
+        run(slots, ledger, tokens)
+    for number in range(4):  # another answer to the same question, or thoughts that a template drops
+        assert run(slots, ledger, [*C[:40], *range(900 + 50 * number, 930 + 50 * number)])[1] == 40
+    for tokens in (A, B):
+        assert run(slots, ledger, [*tokens, 9])[1] == 60
+
+
+def test_the_rest_of_a_conversation_is_kept_when_another_begins_like_it_or_a_slot_is_empty() -> None:
+    for others in ([B, C], []):
+        slots, ledger = table(3)
+        for tokens in [*others, A]:
+            run(slots, ledger, tokens)
+        begun_alike = 20 if others else 40
+        assert run(slots, ledger, [*A[:begun_alike], *range(900, 960)])[1] == begun_alike
+        assert run(slots, ledger, [*A, 9])[1] == 60
+
+
 def test_memory_is_reused_only_within_its_scope_and_moves_with_it() -> None:
     slots, ledger = table(3)
     for scope in ("a", "b"):

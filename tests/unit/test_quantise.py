@@ -209,6 +209,20 @@ def test_a_packed_checkpoint_gives_the_logits_of_quantising_at_load(folder: Path
     assert (copied - at_load_logits).norm() < 0.1 * copied.norm()  # its weights were rounded to bfloat16 before
 
 
+@pytest.mark.parametrize("says", [True, False])
+def test_what_is_not_packed_stays_in_the_type_it_was_stored_in(folder: Path, says: bool) -> None:
+    tensors = {name: tensor.half() for name, tensor in load_file(folder / "model.safetensors").items()}
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(RAW | {"dtype": "float16" if says else None}))
+    target = folder.parent / "packed"
+    write_packed(folder, target, "int8")
+    stored = load_file(target / "model.safetensors")
+    assert stored["embed_tokens.weight"].dtype == stored["norm.weight"].dtype == torch.float16
+    config = ModelConfig.from_file(target / "config.json")
+    assert load_packed(target, config, torch.device("cpu")).embed_tokens.weight.dtype == torch.float32
+    assert load_packed(target, config, torch.device("cpu"), "float16").norm.weight.dtype == torch.float16
+
+
 def _lies_in_file(model: Transformer) -> bool:
     """Whether the first strips are in a mapped file; a model without strips has none that are."""
     strips = next((module.strips for module in model.modules() if isinstance(module, StripLinear)), None)

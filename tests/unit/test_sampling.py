@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -11,11 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from axon_llm.engine.chance import BLOCK, LARGEST_RANDOM, draw, uniform
+from axon_llm.engine.chance import BLOCK, draw, uniform
 from axon_llm.engine.params import SamplingParams
 from axon_llm.engine.sampling import Sampler, top_cutoff
+from axon_llm.errors import RequestError
 
 VOCAB = 7
+LARGEST_RANDOM = 1 - 2.0**-40  # the most that uniform gives: times a float64 it is less than that float64
 LOGITS = torch.tensor([1.0, 2.5, -1.0, 0.3, 2.4, -6.0, 0.0])
 
 
@@ -226,6 +229,42 @@ def test_penalties_continue_after_an_interruption() -> None:
 def test_a_bias_of_minus_a_hundred_forbids_and_of_plus_a_hundred_forces() -> None:
     assert many_draws(SamplingParams(logit_bias={1: -100.0}, seed=4), 2_000)[1] == 0
     assert many_draws(SamplingParams(logit_bias={5: 100.0}, seed=4), 2_000)[5] == 2_000
+
+
+@pytest.mark.parametrize(
+    "extreme",
+    [
+        {"repetition_penalty": 0.01},
+        {"repetition_penalty": 100.0},
+        {"temperature": 1e-300},
+        {"temperature": 100.0},
+        {"temperature": 1.0, "top_p": 1e-300},
+        {"temperature": 1.0, "min_p": 1e-300},
+        {"temperature": 1.0, "top_k": 2**31 - 1},
+        {"logit_bias": {0: 1e4, 1: -1e4}},
+        {"frequency_penalty": -100.0, "presence_penalty": -100.0},
+    ],
+    ids=str,
+)
+def test_the_ends_of_every_range_still_give_a_token(extreme: dict[str, Any]) -> None:
+    logits = LOGITS * 1e4
+    sampled = sampler_for(SamplingParams(seed=1, **extreme), prompt=(0, 1)).sample(logits[None], torch.tensor([4]))
+    assert 0 <= sampled.tokens[0] < len(LOGITS)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("repetition_penalty", 1e-40),
+        ("repetition_penalty", 0.0),
+        ("logit_bias", {5: 1e39}),
+        ("logit_bias", {5: math.nan}),
+    ],
+)
+def test_values_that_would_make_scores_infinite_are_refused_by_name(name: str, value: Any) -> None:
+    with pytest.raises(RequestError) as refused:
+        SamplingParams(**{name: value})
+    assert refused.value.param == name
 
 
 # --------------------------------------------------------------------------------------------- log-probabilities

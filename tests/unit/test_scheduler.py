@@ -94,8 +94,22 @@ def test_while_somebody_decodes_a_step_prefills_no_more_than_the_interleave_chun
     prefilled(plan.running[0])
     assert chunks(plan) == [("long", 0, 128)]
     assert chunks(plan) == [("long", 128, 256)]
-    assert chunks(plan) == [("long", 256, 300), ("next", 0, 84)]
-    assert chunks(plan) == [("next", 84, 90)]
+    assert chunks(plan) == [("long", 256, 300), ("next", 0, 64)]
+    assert chunks(plan) == [("next", 64, 90)]
+
+
+def test_short_prompts_count_as_the_passes_over_the_weights_that_they_are() -> None:
+    plan = scheduler(slots=8, prefill_chunk=256, interleave_chunk=128)
+    plan.waiting.extend([sequence(str(number), 10, first=number) for number in range(8)])
+    plan.admit()
+    prefilled(plan.running[0])
+    assert [chunks(plan) for _ in range(5)] == [
+        [("1", 0, 10), ("2", 0, 10)],
+        [("3", 0, 10), ("4", 0, 10)],
+        [("5", 0, 10), ("6", 0, 10)],
+        [("7", 0, 10)],
+        [],
+    ]
 
 
 def test_a_little_budget_that_is_left_is_not_spent_on_a_sliver_of_a_prompt() -> None:
@@ -148,9 +162,9 @@ def test_gaps_are_closed_when_that_makes_the_step_smaller_and_not_otherwise() ->
     batch = plan.batch()
     assert batch is not None
     assert [(row, s.request.id) for row, s in batch.members] == [(2, "2"), (3, "3"), (1, "4"), (0, "5")]
-    assert [slot.busy for slot in plan.slots.slots] == [True] * 4 + [False] * 4
-    assert plan.slots.slots[0].tokens == running[5].tokens[:-1]
-    assert plan.slots.slots[5].tokens == running[0].tokens[:-1]  # what was remembered below is remembered above
+    assert [slot.busy for slot in plan.slot_table.slots] == [True] * 4 + [False] * 4
+    assert plan.slot_table.slots[0].tokens == running[5].tokens[:-1]
+    assert plan.slot_table.slots[5].tokens == running[0].tokens[:-1]  # what was remembered below is remembered above
 
 
 def test_the_length_read_covers_the_position_being_written() -> None:

@@ -11,6 +11,7 @@ from safetensors import safe_open
 
 from axon_llm import load
 from axon_llm.locate import DEFAULT_MODEL, locate
+from tests.needs import need_module
 from weights.dialogues import conversation, render
 from weights.evaluate import evaluate_recall, evaluate_stories
 from weights.templates import unmark
@@ -32,7 +33,7 @@ def backend():
 
 @pytest.fixture(scope="module")
 def reference():
-    transformers = pytest.importorskip("transformers")
+    transformers = need_module("transformers")
     model = transformers.AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32, local_files_only=True)
     return model.eval(), transformers.AutoTokenizer.from_pretrained(TINY, local_files_only=True)
 

@@ -11,7 +11,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from axon_llm.errors import RequestError, TokenizerError
-from axon_llm.tokenizer import StreamDecoder, Tokenizer, byte_tokenizer
+from axon_llm.tokenizer import StreamDetokenizer, Tokenizer, byte_tokenizer
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] | trim + "
@@ -75,7 +75,7 @@ def tokenizer(request: pytest.FixtureRequest, tmp_path: Path) -> Tokenizer:
 @pytest.mark.parametrize("text", HARD_TEXTS)
 def test_every_piece_of_a_stream_is_valid_text_and_together_they_are_the_text(tokenizer: Tokenizer, text: str) -> None:
     ids = tokenizer.encode(text)
-    stream = StreamDecoder(tokenizer, continuation=False)
+    stream = StreamDetokenizer(tokenizer, continuation=False)
     pieces = [stream.push(token) for token in ids] + [stream.flush()]
     assert all(piece.encode("utf-8").decode("utf-8") == piece and "\ufffd" not in piece for piece in pieces)
     assert "".join(pieces) == text == tokenizer.decode(ids)
@@ -89,7 +89,7 @@ def test_decoding_agrees_with_the_library(tokenizer: Tokenizer, text: str) -> No
 
 def test_a_character_split_over_tokens_comes_out_when_it_is_whole() -> None:
     tokenizer = byte_tokenizer()
-    stream = StreamDecoder(tokenizer)
+    stream = StreamDetokenizer(tokenizer)
     assert [stream.push(token) for token in tokenizer.encode("a한🎉")] == ["a", "", "", "한", "", "", "", "🎉"]
 
 
@@ -103,9 +103,24 @@ def test_a_token_by_itself_has_its_own_text_and_bytes(tmp_path: Path) -> None:
     assert (tokenizer.token_text(end), tokenizer.token_bytes(end)) == ("<|im_end|>", b"")
 
 
+def test_a_token_without_a_name_adds_nothing_to_an_answer_unless_all_tokens_are_such(tmp_path: Path) -> None:
+    published, of_random_weights = byte_level(tmp_path), byte_tokenizer()
+    for tokenizer, text in ((published, "a"), (of_random_weights, "a⟨9999⟩")):
+        assert tokenizer.token_text(9999) == "⟨9999⟩"
+        assert tokenizer.decode([*tokenizer.encode("a"), 9999]) == text
+
+
+def test_a_special_token_is_found_by_its_name_and_others_are_not(tmp_path: Path) -> None:
+    tokenizer = byte_level(tmp_path)
+    end = tokenizer._backend.token_to_id("<|im_end|>")
+    assert tokenizer.special_id("<|im_end|>") == end
+    assert tokenizer.special_id("a") is None
+    assert tokenizer.special_id("nowhere") is None
+
+
 def test_an_unfinished_character_comes_out_as_a_replacement_at_the_end() -> None:
     tokenizer = byte_tokenizer()
-    stream = StreamDecoder(tokenizer)
+    stream = StreamDetokenizer(tokenizer)
     assert [stream.push(token) for token in tokenizer.encode("🎉")[:3]] == ["", "", ""]
     assert stream.flush() == "\ufffd"
 
@@ -113,7 +128,7 @@ def test_an_unfinished_character_comes_out_as_a_replacement_at_the_end() -> None
 def test_a_continuation_keeps_its_leading_space_and_a_whole_text_does_not() -> None:
     tokenizer = sentencepiece_like()
     ids = tokenizer.encode("abc", special=False)
-    stream = StreamDecoder(tokenizer)
+    stream = StreamDetokenizer(tokenizer)
     assert "".join(map(stream.push, ids)) == " abc"
     assert tokenizer.decode(ids) == "abc"
 

@@ -14,7 +14,7 @@ from axon_llm.engine.events import Request, TokenEvent
 from axon_llm.engine.generate import greedy
 from axon_llm.engine.params import SamplingParams
 from axon_llm.model import Transformer
-from axon_llm.tokenizer import StreamDecoder
+from axon_llm.tokenizer import StreamDetokenizer
 
 EOS = 256
 VOCAB = 257
@@ -40,13 +40,16 @@ class ByteTokenizer:
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
 
+    def special_id(self, text: str) -> int | None:
+        return EOS if text == "<end>" else None
+
     def token_bytes(self, token: int) -> bytes:
         return bytes([token]) if token < 256 else b""
 
 
-def byte_decoder() -> StreamDecoder:
+def byte_decoder() -> StreamDetokenizer:
     tokenizer: Any = ByteTokenizer()
-    return StreamDecoder(tokenizer)
+    return StreamDetokenizer(tokenizer)
 
 
 def tiny_model(config: ModelConfig = CONFIG, seed: int = 0, scale: float = 0.4) -> Transformer:

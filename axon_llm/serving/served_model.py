@@ -1,10 +1,13 @@
-"""The part of ``Engine`` that a worker uses, as a protocol: the worker imports neither the engine nor torch."""
+"""A model as a worker decodes with it, seen from outside: the worker imports neither the engine nor torch."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 from axon_llm.engine.events import Request, TokenEvent
+from axon_llm.serving.wire import Job, ModelCard
 
 
 class EngineStatistics(Protocol):
@@ -63,3 +66,20 @@ class DecodingEngine(Protocol):
     def stats(self) -> EngineStatistics:
         """Return numbers for metrics."""
         ...
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """A model ready to be asked; ``model_loading.py`` makes one.
+
+    Attributes:
+        engine: warmed up.
+        encode: the tokens of a job's prompt; raises ``RequestError`` if it has none.
+        spell: what a token is called, and the bytes it adds to a text.
+        models: what to announce it as.
+    """
+
+    engine: DecodingEngine
+    encode: Callable[[Job], tuple[int, ...]]
+    spell: Callable[[int], tuple[str, bytes]]
+    models: tuple[ModelCard, ...]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,14 @@ from axon_llm.engine.params import SamplingParams
 from axon_llm.errors import RequestError, TokenizerError
 from axon_llm.fast import accelerate
 from axon_llm.fast.threads import fit_threads
+from axon_llm.serving.served_model import ServedModel
 from axon_llm.serving.wire import Job, ModelCard
-from axon_llm.serving.worker_process import Decoder
 
 DEFAULT_SLOTS = 8
 DEFAULT_MAX_SEQ_LEN = 4096
 
 
-def load_decoder(
+def load_served_model(
     model_name: str,
     *,
     served_as: str | None = None,
@@ -32,7 +33,7 @@ def load_decoder(
     slots: int = DEFAULT_SLOTS,
     max_seq_len: int | None = None,
     compile: bool = False,
-) -> Decoder:
+) -> ServedModel:
     """Loads a model and makes an engine of it.
 
     Args:
@@ -40,7 +41,7 @@ def load_decoder(
         served_as: what clients call it; by default the name given, or a folder's own name.
         device: as in ``axon_llm.load``, as are ``dtype`` and ``quantize``.
         dtype: of the weights.
-        quantize: ``int8`` or ``int4``.
+        quantize: ``int8``, ``int4`` or (on a GPU) ``fp8``.
         slots: sequences that run at once.
         max_seq_len: positions per slot; by default the model's limit, at most ``DEFAULT_MAX_SEQ_LEN``.
         compile: compile the decode step.
@@ -67,7 +68,9 @@ def load_decoder(
             return tuple(tokenizer.encode(job.prompt))
         messages = [message.model_dump(exclude_none=True) for message in job.messages or ()]
         try:
-            return tuple(tokenizer.encode_chat(messages))
+            # The same time on every worker: what one has written, another goes on with after the same prompt.
+            now = datetime.fromtimestamp(job.created_at_unix_s, UTC)
+            return tuple(tokenizer.encode_chat(messages, now=now))
         except TokenizerError as error:
             raise RequestError(error.message, code="chat_template_failed", param="messages") from error
 
@@ -85,7 +88,7 @@ def load_decoder(
     def spell(token: int) -> tuple[str, bytes]:
         return tokenizer.token_text(token), tokenizer.token_bytes(token)
 
-    return Decoder(engine=engine, encode=encode, spell=spell, models=(card,))
+    return ServedModel(engine=engine, encode=encode, spell=spell, models=(card,))
 
 
 def settle() -> None:
