@@ -4,7 +4,7 @@ SHELL := /bin/bash
 PY := .venv/bin/python
 MINUTES ?= 10
 
-.PHONY: help setup services demo test test-fast check format bench eval-tiny train-tiny faults soak stack gpu docs clean
+.PHONY: help setup services demo test test-fast check format bench eval-tiny train-tiny faults soak stack interpreted gpu docs clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -53,6 +53,10 @@ soak: services  ## random faults for MINUTES (default 10), and a report
 
 stack: services  ## RabbitMQ, Redis, nginx, a session manager and two workers on free ports; Ctrl-C stops them
 	$(PY) -m deploy.stack
+
+interpreted: setup  ## the GPU kernels' arithmetic, without a GPU, by Triton's interpreter
+	$(PY) -m pip install -q --upgrade --no-deps --target var/interpreter "triton>=3.6,<3.8" "numpy<2.4"
+	PYTHONPATH=var/interpreter $(PY) -m pytest tests/unit/test_gpu_interpreted.py
 
 docs: setup  ## write docs/cli.md from the commands' own help
 	$(PY) -m cli.reference > docs/cli.md

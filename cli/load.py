@@ -96,6 +96,9 @@ def command(
         raise UsageError("A sweep goes over --request-rate or --max-concurrency, not both.")
     if against is not None and len(rates) * len(limits) > 1:
         raise UsageError("--against compares one load; leave the sweep out.")
+    unused = [name for name, given in (("--goodput", goodput), ("--plot", plot), ("--detailed", detailed)) if given]
+    if against is not None and unused:
+        raise UsageError(f"--against compares latencies only; leave {', '.join(unused)} out.")
     key = _api_key(api_key_file)
     target = Target.of(url, key)
     workload = Workload(
@@ -111,7 +114,8 @@ def command(
         timeout_s=timeout_s,
     )
     if against is not None:
-        _compare(target, Target.of(against, key), workload, rates[0], limits[0], burstiness, warm_ups, as_json)
+        other = Target.of(against, key)
+        _compare(target, other, workload, model, rates[0], limits[0], burstiness, warm_ups, as_json)
         return
     runs: list[Run] = []
     results: list[dict[str, Any]] = []
@@ -174,6 +178,7 @@ def _compare(
     target: Target,
     other: Target,
     workload: Workload,
+    model: str | None,
     rate: float,
     limit: int | None,
     burstiness: float,
@@ -183,7 +188,7 @@ def _compare(
     from axon_llm.serving.load_compare import compare
 
     how: dict[str, Any] = {"request_rate": rate, "max_concurrency": limit, "burstiness": burstiness}
-    result = asyncio.run(compare(target, other, workload, warm_ups=warm_ups, **how))
+    result = asyncio.run(compare(target, other, workload, model=model, warm_ups=warm_ups, **how))
     if as_json:
         typer.echo(json.dumps({"schema": "axon.load.compare/1", **result}))
     else:

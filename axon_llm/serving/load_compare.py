@@ -21,12 +21,13 @@ async def compare(
     against: Target,
     workload: Workload,
     *,
+    model: str | None = None,
     request_rate: float = math.inf,
     max_concurrency: int | None = None,
     burstiness: float = 1.0,
     warm_ups: int = 2,
 ) -> dict[str, Any]:
-    """The same load on both; each server is asked for the first model that it lists.
+    """The same load on both; without ``model``, each server is asked for the first that it lists.
 
     Returns:
         for p50 and p99 of TTFT and TPOT, in milliseconds: ``here``, ``against``, and what the first ``added``; ``None``
@@ -36,12 +37,12 @@ async def compare(
         ServiceUnavailable: one of them does not list its models.
     """
     blocks = min(BLOCKS, workload.num_prompts)
-    servers = [(server, await first_model(server)) for server in (here, against)]
+    servers = [(server, model or await first_model(server)) for server in (here, against)]
     samples: tuple[list[Sample], list[Sample]] = ([], [])
     for block in range(-1 if warm_ups else 0, blocks):
-        for side, (server, model) in enumerate(servers):
+        for side, (server, served) in enumerate(servers):
             number = math.ceil(workload.num_prompts / blocks) if block >= 0 else warm_ups
-            part = replace(workload, model=model, num_prompts=number, seed=workload.seed + block)
+            part = replace(workload, model=served, num_prompts=number, seed=workload.seed + block)
             run = await run_load(
                 server, part, request_rate=request_rate, max_concurrency=max_concurrency, burstiness=burstiness
             )

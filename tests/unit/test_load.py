@@ -267,6 +267,8 @@ def test_a_server_that_lists_what_is_no_model_lists_none() -> None:
         (("--request-rate", "5", "--burstiness", "nan"), "--burstiness"),
         (("-t", "nan"), "--temperature"),
         (("--timeout", "inf"), "--timeout"),
+        (("--against", "http://there", "--plot", "x.svg", "--goodput", "ttft:500"), "leave --goodput, --plot out"),
+        (("--against", "http://there", "--detailed"), "leave --detailed out"),
     ],
 )
 def test_a_load_that_nobody_can_make_is_a_usage_error(words: tuple[str, ...], says: str) -> None:
@@ -290,7 +292,7 @@ def test_a_comparison_with_a_server_that_fails_is_null_where_there_is_nothing_to
         return run_of(*(sample(0.0, 0.1, [0.02], error=broken) for _ in range(workload.num_prompts)))
 
     async def model(target: Target) -> str:
-        return "m"
+        raise AssertionError("one was named")
 
     monkeypatch.setattr(load_compare, "run_load", run_load)
     monkeypatch.setattr(load_compare, "first_model", model)
