@@ -67,11 +67,11 @@ def command(
     from .loading import load
     from .render import stderr_console
 
-    loaded, _ = load(model, device=device, dtype=dtype, quantize=quantize, rows=max(batch or [1]))
+    prefills, decodes, batches = prompt or [512], decode or [128], batch or [1, 8]
+    loaded, _ = load(model, device=device, dtype=dtype, quantize=quantize, rows=max(batches))
     if threads is not None:  # after loading, which chooses a number by the model's size
         torch.set_num_threads(threads)
     context = loaded.config.max_position_embeddings
-    prefills, decodes, batches = prompt or [512], decode or [128], batch or [1, 8]
     depths = depth if depth is not None else [0, *([2048] if context >= 2048 + max(decodes) else [])]
     cases = [Case("pp", count) for count in prefills if count]
     cases += [Case("tg", count, d, b) for b in batches for d in depths for count in decodes if count]
@@ -159,14 +159,15 @@ def render(report: dict[str, Any], output: str) -> str:
         f"linears: {kernels}; {bandwidth} {report['read_gb_per_s']:.1f} GB/s{summed}, matrix product "
         f"{report['matmul_tflop_per_s']:.2f} TFLOP/s in the same run",
         "",
-        "| test | batch | tokens/s (mean ± sd) | ms / step | MB / token | of the limit |",
+        "| test | batch | tokens/s: median (min … max) | ms / step | MB / token | of the limit |",
         "|---|---:|---:|---:|---:|---:|",
     ]
     for row in report["rows"]:
         moved = "" if row["bytes_per_token"] is None else f"{row['bytes_per_token'] / 1e6:.1f}"
         lines.append(
-            f"| {row['test']} | {row['batch']} | {row['tokens_per_s_mean']:.1f} ± {row['tokens_per_s_sd']:.1f} | "
-            f"{row['ms_per_step']:.2f} | {moved} | {100 * row['share_of_ceiling']:.0f} % {row['ceiling']} |"
+            f"| {row['test']} | {row['batch']} | {row['tokens_per_s_median']:.1f} "
+            f"({row['tokens_per_s_min']:.1f} … {row['tokens_per_s_max']:.1f}) | {row['ms_per_step']:.2f} | {moved} | "
+            f"{100 * row['share_of_ceiling']:.0f} % {row['ceiling']} |"
         )
     if report["peers"]:
         lines += [
@@ -179,4 +180,7 @@ def render(report: dict[str, Any], output: str) -> str:
             f"| {entry['test']} | {entry['peer']} | {entry['tokens_per_s_median']:.1f} | "
             f"{entry['ratio_median']:.2f} ({entry['ratio_min']:.2f} … {entry['ratio_max']:.2f}) |"
         )
+    versions = {entry["version"]: None for entry in report["peers"] if entry["version"]}
+    if versions:
+        lines += ["", f"Peers: {', '.join(versions)}."]
     return "\n".join(lines)

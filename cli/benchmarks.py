@@ -93,7 +93,8 @@ def main() -> int:
         _draw(title, batches["rows"], depths["rows"], shares[title], options.out)
         sections += [f"![{title}: limits, batches, contexts](benchmarks-{title.split()[0].lower()}.svg)", ""]
         shape = model.removeprefix("random:")
-        program = [f"--llama-bench={os.environ['AXON_LLAMA_BENCH']}"] if _against("") else []
+        found = shutil.which(os.environ.get("AXON_LLAMA_BENCH", "llama-bench"))
+        program = [f"--llama-bench={found}"] if found else []
         startup_words = ["-m", shape, "-r", str(options.repetitions), *program]
         startup_words += ["--compiled"] if tokens > 100 else []  # the compiler's share is the same for both shapes
         _program(f"{title}, start of a process", "startup", startup_words, startup.render, sections)
@@ -116,8 +117,9 @@ def _write(out: Path, head: dict[str, Any], repetitions: int, sections: list[str
         "",
         f"Measured on {date.today().isoformat()} by `make bench`: {head['hardware']}, torch {head['torch']}, Python "
         f"{head['python']}, commit {head['commit']}. Random weights (never zero), medians of {repetitions} "
-        "interleaved repetitions after one warm-up. `pp512` prefills 512 tokens; `tg24 @ d512` decodes 24 tokens with "
-        '512 in the cache. "Of the limit" holds decode against reading weights and cache once at the read bandwidth '
+        "interleaved repetitions after one warm-up, with minimum and maximum. `pp512` prefills 512 tokens; "
+        '`tg24 @ d512` decodes 24 tokens with 512 in the cache. "Of the limit" holds decode against reading weights '
+        "and cache once at the read bandwidth "
         f"measured every {STRETCH_S} s, right before and after, and prefill against the rate of a large matrix product "
         "of the same kind. Memory is read by PyTorch's sum and by our own reader, and the faster of the two counts. "
         "On a shared machine only ratios of one run mean anything.",

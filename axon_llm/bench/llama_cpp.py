@@ -51,12 +51,14 @@ class LlamaBench:
         gguf: the weights.
         threads: to use.
         rates: tokens per second, a list for each case.
+        version: as ``llama-bench`` gives it with its first result.
     """
 
     program: str
     gguf: Path
     threads: int
     rates: dict[Case, list[float]] = field(default_factory=dict)
+    version: str = ""
 
     @staticmethod
     def find(given: str | None) -> str:
@@ -93,7 +95,9 @@ class LlamaBench:
         done = subprocess.run(command, capture_output=True, text=True, timeout=1800, check=False)
         try:
             if case.batch == 1:
-                rate = float(json.loads(done.stdout)[0]["avg_ts"])
+                found = json.loads(done.stdout)[0]
+                rate = float(found["avg_ts"])
+                self.version = f"llama.cpp {found.get('build_commit', '')} (build {found.get('build_number', '?')})"
             else:
                 rate = float(json.loads(done.stdout.strip().splitlines()[-1])["speed_tg"])
         except (ValueError, LookupError):

@@ -19,9 +19,11 @@ class Peer(Protocol):
 
     Attributes:
         rates: tokens per second, a list for each case, in the order measured.
+        version: name and version of the program; ``""`` while it is not known.
     """
 
     rates: dict[Case, list[float]]
+    version: str
 
     def measure(self, case: Case) -> None:
         """Run one case once, or leave it out."""
@@ -41,6 +43,7 @@ def ratios(name: str, peer: Peer, rows: Sequence[Row]) -> list[dict[str, object]
             report.append(
                 {
                     "peer": name,
+                    "version": peer.version,
                     "test": row.case.name,
                     "tokens_per_s_median": median(theirs),
                     "ratio_median": median(pairs),

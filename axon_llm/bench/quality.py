@@ -31,10 +31,11 @@ MODES: tuple[tuple[str, str, str | None], ...] = (
 
 @torch.inference_mode()
 def sample(model: Transformer, rows: int, length: int, seed: int = 0) -> Tensor:
-    """Text that the model writes at temperature 1, ``[rows, length]``; begins with token 1 + row."""
+    """Text that the model writes at temperature 1, ``[rows, length]``; begins with BOS where there is one."""
     generator = torch.Generator().manual_seed(seed)
     cache = KVCache(model.config, slots=rows, max_seq_len=length)
-    tokens = torch.arange(1, rows + 1)[:, None]
+    bos = model.config.bos_token_id
+    tokens = torch.arange(1, rows + 1)[:, None] if bos is None else torch.full((rows, 1), bos)
     for position in range(length - 1):
         logits = model(tokens[:, -1:], torch.full((rows, 1), position), cache)[:, 0]
         tokens = torch.cat((tokens, torch.softmax(logits, -1).multinomial(1, generator=generator)), dim=1)

@@ -95,6 +95,8 @@ class Row:
             "tokens_per_s_mean": mean(self.rates),
             "tokens_per_s_sd": stdev(self.rates) if len(self.rates) > 1 else 0.0,
             "tokens_per_s_median": median(self.rates),
+            "tokens_per_s_min": min(self.rates),
+            "tokens_per_s_max": max(self.rates),
             "ms_per_step": 1e3 * typical / (self.case.tokens if self.case.kind == "tg" else 1),
             "bytes_per_token": self.bytes_per_step / self.case.batch if self.case.kind == "tg" else None,
             "ceiling": ceilings.bandwidth if self.case.kind == "tg" else "matrix product",

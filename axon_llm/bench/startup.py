@@ -22,6 +22,7 @@ import tempfile
 import time
 from argparse import ArgumentParser
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -30,7 +31,7 @@ import torch
 from safetensors.torch import save_file
 
 from axon_llm.bench.hardware import environment
-from axon_llm.bench.llama_cpp import LlamaBench, write_gguf
+from axon_llm.bench.llama_cpp import TYPES, LlamaBench, kept_gguf
 from axon_llm.cache import KVCache
 from axon_llm.checkpoint import random_model
 from axon_llm.errors import AxonError, UsageError
@@ -40,6 +41,7 @@ from axon_llm.shapes import PREFIX, SHAPES, shape_config
 from axon_llm.tokenizer import byte_backend
 
 PROMPT_TOKENS = 512
+ALIKE = {"bfloat16": "BF16", "int8": "Q8_0", "int4": "Q4_0"}  # what a mode of ours is held against
 
 
 def write_checkpoint(model: Transformer, shape: str, folder: Path) -> None:
@@ -99,7 +101,8 @@ def measure(shape: str, folder: Path, repetitions: int, llama_bench: str | None,
     """Time every mode in turn.
 
     Returns:
-        ``seconds``: median by mode; ``over_llama_cpp``: median ratio of neighbouring runs, by mode, where it is there;
+        ``seconds``: median by mode; ``over_llama_cpp``: median ratio of neighbouring runs to llama.cpp with weights of
+        as many bits, by mode, where it is there;
         ``peak_bytes``: by mode; ``weight_and_cache_bytes``: what they would be with nothing else in memory.
     """
     model = random_model(shape_config(PREFIX + shape), torch.device("cpu"), torch.bfloat16)
@@ -107,8 +110,7 @@ def measure(shape: str, folder: Path, repetitions: int, llama_bench: str | None,
     write_checkpoint(model, shape, plain)
     for quantize in ("int8", "int4"):
         write_packed(plain, folder / f"{shape}-{quantize}", quantize)
-    if llama_bench:
-        write_gguf(model, folder / "model.gguf")
+    gguf = {kind: kept_gguf(PREFIX + shape, kind) for kind in TYPES} if llama_bench else {}
     cache_bytes = KVCache.bytes_for(model.config, slots=1, max_seq_len=PROMPT_TOKENS + 1, dtype=torch.bfloat16)
     needed = {}
     for mode, stored in (("bfloat16", plain), ("int8, packed", f"{plain}-int8"), ("int4, packed", f"{plain}-int4")):
@@ -134,10 +136,10 @@ def measure(shape: str, folder: Path, repetitions: int, llama_bench: str | None,
 
         modes["bfloat16, compiled, cold, to the second token"] = cold
         modes["bfloat16, compiled, warm, to the second token"] = lambda: run_process(two, environment)
-    if llama_bench:
-        theirs = [llama_bench, "-m", str(folder / "model.gguf"), "-p", str(PROMPT_TOKENS), "-n", "0", "-r", "1"]
+    for kind, path in gguf.items():
+        theirs = [str(llama_bench), "-m", str(path), "-p", str(PROMPT_TOKENS), "-n", "0", "-r", "1"]
         theirs += ["--no-warmup", "-t", str(torch.get_num_threads()), "-ngl", "0"]
-        modes["llama.cpp BF16"] = lambda: run_process(theirs)
+        modes[f"llama.cpp {kind}"] = partial(run_process, theirs)
     seconds: dict[str, list[float]] = {name: [] for name in modes}
     peak = dict.fromkeys(modes, 0)
     for repetition in range(repetitions + 1):
@@ -146,13 +148,13 @@ def measure(shape: str, folder: Path, repetitions: int, llama_bench: str | None,
             peak[name] = max(peak[name], most)
             if repetition:
                 seconds[name].append(taken)
-    theirs_s = seconds.get("llama.cpp BF16", [])
+    alike = {name: f"llama.cpp {kind}" for name in modes for prefix, kind in ALIKE.items() if name.startswith(prefix)}
     return {
         "seconds": {name: median(taken) for name, taken in seconds.items()},
         "over_llama_cpp": {
-            name: median(a / b for a, b in zip(taken, theirs_s, strict=True))
-            for name, taken in seconds.items()
-            if theirs_s and taken is not theirs_s
+            name: median(a / b for a, b in zip(seconds[name], seconds[theirs], strict=True))
+            for name, theirs in alike.items()
+            if theirs in seconds
         },
         "peak_bytes": peak,
         "weight_and_cache_bytes": needed,

@@ -1,11 +1,13 @@
 """Peers written in PyTorch, with random weights of our model's shape: transformers with a static cache, and gpt-fast.
 
-Both compile their decode step as their own documentation says. Prefills and batches are left out: what is compared is
-decode of one sequence.
+Both compile their decode step as their own documentation says, with PyTorch's settings otherwise. Prefills and batches
+are left out: what is compared is decode of one sequence, its token read after every step, as a server must. Both are
+built as Llama: other biases or norms would be other work.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import inspect
 import sys
@@ -26,11 +28,22 @@ class DecodePeer:
     """Measures decode of one sequence, one token after the other; subclasses know how a step is run.
 
     Args:
+        config: dimensions.
         device: where to run.
         cases: what will be measured; decides the cache's length.
+
+    Raises:
+        UsageError: the model is not as Llama is.
     """
 
-    def __init__(self, device: torch.device, cases: Sequence[Case]) -> None:
+    version = ""
+
+    def __init__(self, config: ModelConfig, device: torch.device, cases: Sequence[Case]) -> None:
+        if config.qkv_bias or config.out_bias or config.mlp_bias or config.qk_norm or any(config.layer_windows):
+            raise UsageError(
+                f"peers in PyTorch are built as Llama, and family {config.family!r} computes something else",
+                "Measure against llama.cpp.",
+            )
         self.device = device
         self.length = max(case.depth + case.tokens for case in cases)
         self.rates: dict[Case, list[float]] = {}
@@ -83,11 +96,12 @@ class TransformersStatic(DecodePeer):
         *,
         compile: bool = True,
     ) -> None:
-        super().__init__(device, cases)
+        super().__init__(config, device, cases)
         try:
-            from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+            from transformers import LlamaConfig, LlamaForCausalLM, StaticCache, __version__
         except ImportError:
             raise UsageError("transformers is not installed", "pip install 'axon-llm[bench]'.") from None
+        self.version = f"transformers {__version__}"
         theirs = LlamaConfig(
             vocab_size=config.vocab_size,
             hidden_size=config.hidden_size,
@@ -155,11 +169,13 @@ class GptFast(DecodePeer):
         *,
         compile: bool = True,
     ) -> None:
-        super().__init__(device, cases)
+        super().__init__(config, device, cases)
         if not (folder / "model.py").is_file():
             raise UsageError(f"there is no model.py in {folder}", "--against gpt-fast:FOLDER takes a checkout of it.")
         if config.head_dim * config.num_heads != config.hidden_size:
             raise UsageError("gpt-fast has no head_dim of its own; this shape needs one")
+        digest = hashlib.sha256((folder / "model.py").read_bytes()).hexdigest()
+        self.version = f"gpt-fast (model.py {digest[:12]})"
         spec = importlib.util.spec_from_file_location("gpt_fast_model", folder / "model.py")
         assert spec is not None
         assert spec.loader is not None

@@ -10,6 +10,7 @@ Legend: B slots · T new tokens · H heads · D head_dim
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -44,15 +45,14 @@ def attend_in_strips(products: ops.Products) -> Attend:
     Args:
         products: how to multiply.
     """
-    how = int(products)
+    return partial(_attend, int(products))  # which, unlike a function in here, can be pickled
 
-    def attend_(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        if k.dtype != torch.bfloat16:
-            return attend(q, k, v, mask)
-        y: Tensor = torch.ops.axon.bf16_attention(q, k, v, mask, how)
-        return y
 
-    return attend_
+def _attend(products: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    if k.dtype != torch.bfloat16:
+        return attend(q, k, v, mask)
+    y: Tensor = torch.ops.axon.bf16_attention(q, k, v, mask, products)
+    return y
 
 
 def rotate_at_once(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

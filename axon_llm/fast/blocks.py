@@ -109,6 +109,7 @@ class StripBlocks(Blocks):
     def __init__(self, blocks: Iterable[nn.Module], windows: Sequence[int | None] = ()) -> None:
         super().__init__(blocks, windows)
         self._gather()
+        self.register_load_state_dict_post_hook(_gather_again)
 
     @classmethod
     def where_they_suit(cls, blocks: Blocks) -> StripBlocks | None:
@@ -208,6 +209,7 @@ class StripTransformer(Transformer):
             setattr(self, name, part)
         self.train(model.training)
         self._gather()
+        self.register_load_state_dict_post_hook(_gather_again)
 
     @classmethod
     def where_it_suits(cls, model: Transformer) -> StripTransformer | None:
@@ -257,6 +259,11 @@ class StripTransformer(Transformer):
         """As :func:`axon_llm.engine.sampling.likeliest`."""
         best, token = torch.ops.axon.likeliest(scores)
         return best, token
+
+
+def _gather_again(module: Any, _: object) -> None:
+    """After ``load_state_dict``: what was gathered may be of other tensors by now, or made of old ones."""
+    module._gather()
 
 
 def multiplies_itself(linear: nn.Module) -> bool:

@@ -26,17 +26,22 @@ def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return (wide / scale).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn), scale
 
 
+def check_sizes(weight: Tensor) -> None:
+    """Raise UsageError for a weight ``[N, K]`` that the operator does not take."""
+    if weight.shape[0] % MULTIPLE or weight.shape[1] % MULTIPLE:
+        raise UsageError(
+            f"fp8 needs sizes that are multiples of {MULTIPLE}; this model has a {list(weight.shape)} linear",
+            "--quantize int8 has no such limit.",
+        )
+
+
 def quantise_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Round ``weight`` ``[N, K]`` to e4m3 ``[N, K]`` and scales ``[N]`` float32.
 
     Raises:
         UsageError: N or K is not a multiple of 16.
     """
-    if weight.shape[0] % MULTIPLE or weight.shape[1] % MULTIPLE:
-        raise UsageError(
-            f"fp8 needs sizes that are multiples of {MULTIPLE}; this model has a {list(weight.shape)} linear",
-            "--quantize int8 has no such limit.",
-        )
+    check_sizes(weight)
     parts = [round_rows(rows) for rows in weight.split(4096)]  # a float32 copy of an output layer is a gigabyte
     return torch.cat([q for q, _ in parts]), torch.cat([scale[:, 0] for _, scale in parts])
 

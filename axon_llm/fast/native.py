@@ -18,17 +18,17 @@ import re
 import shlex
 import shutil
 import stat
-import struct
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 FOLDER = Path(__file__).with_name("kernels")
 COMPILE_LIMIT_S = 300
+_DIGEST_BYTES = 32
 # What the kernels are written for, the best first; and what the best takes besides, all of a set or none.
 WIDE = ("fma", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni")
 NARROW = ("fma", "avx2")
@@ -37,6 +37,10 @@ OPTIONAL = (("avx512_bf16",), ("gfni",), ("avx512_vp2intersect",), ("amx_tile", 
 
 class Unavailable(Exception):
     """There are no kernels for this machine; the message says why."""
+
+
+class _UnknownFlag(Unavailable):
+    """The compiler is too old for one of the flags."""
 
 
 @cache
@@ -48,7 +52,11 @@ def load() -> bool:
 
         from axon_llm.fast import ops  # noqa: F401 - declares the operators that the library implements
 
-        torch.ops.load_library(str(library))
+        try:
+            torch.ops.load_library(str(library))
+        except OSError:  # whole, and yet none that loads here: make another
+            library.unlink()
+            torch.ops.load_library(str(built()))
     except (Unavailable, OSError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         print(f"axon: PyTorch's own kernels are used, which are slower: {reason}", file=sys.stderr)  # noqa: T201
@@ -74,7 +82,7 @@ def tiles() -> bool:
 @cache
 def pairs() -> bool:
     """Whether the kernels can multiply bfloat16 as such, by the vector unit."""
-    return load() and "avx512_bf16" in instructions()
+    return load() and "avx512_bf16" in _found()[1]
 
 
 def built() -> Path:
@@ -83,12 +91,32 @@ def built() -> Path:
     Raises:
         Unavailable: the processor or the compiler is missing, or the compiler fails.
     """
-    flags = _flags()
+    return _found()[0]
+
+
+def _found() -> tuple[Path, list[str]]:
+    """The library, and the instructions it is compiled for: all that are here and that the compiler knows."""
+    choices = _choices()
+    for used in choices:
+        library = _library(_flags(used))
+        if library.exists():
+            _check_owner(library)
+            if _is_whole(library):
+                return library, used
+    for used, less in zip(choices, [*choices[1:], None], strict=True):
+        try:
+            return _compiled(_flags(used)), used
+        except _UnknownFlag as refusal:
+            if less is None:
+                raise
+            without = ", ".join(name for name in used if name not in less)
+            sys.stderr.write(f"axon: kernels will do without {without}: {refusal}\n")
+    raise AssertionError("there is no choice")
+
+
+def _compiled(flags: list[str]) -> Path:
+    """Compile the library for these flags."""
     library = _library(flags)
-    if library.exists():
-        _check_owner(library)
-        if _is_whole(library):
-            return library
     try:
         compiler = shlex.split(os.environ.get("CXX", ""))
     except ValueError as error:
@@ -98,7 +126,7 @@ def built() -> Path:
         raise Unavailable("there is no C++ compiler (install g++)")
     torch_folder = _torch_folder()
     library.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    if not os.environ.get("AXON_KERNEL_CACHE"):  # a folder that somebody has chosen is their business
+    if not os.environ.get("AXON_KERNEL_CACHE"):
         _check_owner(library.parent)
     sys.stderr.write("axon: compiling kernels for this processor, once …\n")
     with _lock(library):
@@ -115,36 +143,38 @@ def built() -> Path:
             everything = "".join(f'#include "{path.name}"\n' for path in _sources() if path.suffix == ".cpp")
             try:
                 done = subprocess.run(
-                    command, input=everything, capture_output=True, text=True, check=False, timeout=COMPILE_LIMIT_S
-                )
+                    command, input=everything, capture_output=True, check=False, timeout=COMPILE_LIMIT_S,
+                    encoding="utf-8", errors="replace",
+                )  # fmt: skip
             except subprocess.TimeoutExpired:
                 raise Unavailable(f"{compiler[0]} was not done after {COMPILE_LIMIT_S} s") from None
             if done.returncode:
                 found = re.search(r"error: (.*)", done.stderr)
-                raise Unavailable(f"{compiler[0]} failed: {found[1] if found else done.stderr.strip()[-200:]}")
-            with target.open("rb") as file:
+                unknown = found is not None and any(f"{flag}'" in found[1] or f"{flag}’" in found[1] for flag in flags)
+                said = found[1] if found else done.stderr.strip()[-200:]
+                raise (_UnknownFlag if unknown else Unavailable)(f"{compiler[0]} failed: {said}")
+            digest = hashlib.sha256(target.read_bytes()).digest()
+            with target.open("ab") as file:
+                file.write(digest)  # what follows the last section of a library is nobody's
+                file.flush()
                 os.fsync(file.fileno())  # before it has its name: after a power loss it is whole or not there
             target.replace(library)
     return library
 
 
 def _check_owner(path: Path) -> None:
-    """What is loaded into this process must not be somebody else's to change."""
+    """What is loaded into this process must not be somebody else's to change; whose a chosen folder is, is decided."""
     status = path.stat()
     open_to_all = status.st_mode & stat.S_IWOTH and not status.st_mode & stat.S_ISVTX
-    if status.st_uid not in (0, os.getuid()) or open_to_all:
+    chosen = bool(os.environ.get("AXON_KERNEL_CACHE"))
+    if open_to_all or (status.st_uid not in (0, os.getuid()) and not chosen):
         raise Unavailable(f"{path} belongs to somebody else, or anybody may change it")
 
 
 def _is_whole(library: Path) -> bool:
-    """Whether a library is as long as its head says; to load one that was cut off ends the process."""
-    with library.open("rb") as file:
-        head = file.read(64)
-    if len(head) < 64:
-        return False
-    [sections] = struct.unpack_from("<Q", head, 0x28)  # of an ELF file, whose table of sections is its end
-    each, count = struct.unpack_from("<HH", head, 0x3A)
-    return library.stat().st_size >= int(sections + each * count)
+    """Whether a library ends with the digest of what is before: to load one that was cut off ends the process."""
+    data = library.read_bytes()
+    return hashlib.sha256(data[:-_DIGEST_BYTES]).digest() == data[-_DIGEST_BYTES:]
 
 
 def processor_flags() -> frozenset[str]:
@@ -173,22 +203,28 @@ def processor() -> dict[str, str]:
 
 
 def instructions() -> list[str]:
-    """What the kernels are compiled for here, as ``/proc/cpuinfo`` spells it.
+    """What the kernels are compiled for here, as ``/proc/cpuinfo`` spells it, if the compiler knows all of it.
 
     Raises:
         Unavailable: this processor lacks something.
     """
+    return _choices()[0]
+
+
+def _choices() -> list[list[str]]:
+    """What the kernels can be compiled for here, the best first: a compiler may not know what is newest."""
     present = processor_flags()
     if present.issuperset(WIDE):
-        return [*WIDE, *(name for names in OPTIONAL if present.issuperset(names) for name in names)]
+        extras = [names for names in OPTIONAL if present.issuperset(names)]
+        return [[*WIDE, *(name for names in extras[:kept] for name in names)] for kept in range(len(extras), -1, -1)]
     if missing := [name for name in NARROW if name not in present]:
         raise Unavailable(f"this processor ({platform.machine()}) has no {', '.join(missing)}")
-    return [*NARROW]
+    return [[*NARROW]]
 
 
-def _flags() -> list[str]:
+def _flags(used: list[str] | None = None) -> list[str]:
     """Compiler flags for the instructions the kernels use here."""
-    used = instructions()
+    used = instructions() if used is None else used
     spelt = (name.replace("_", "-" if name.startswith("amx") else "") for name in used)
     tiles = ["-DAXON_TILES"] if "amx_tile" in used else []  # compilers do not agree on a name for it
     # Half floats tell an Intel whose matrix unit is hidden from a Zen. Not all compilers in use know them.
@@ -199,7 +235,7 @@ def _flags() -> list[str]:
 
 def _library(flags: list[str]) -> Path:
     """Where the library for this source and these flags is kept."""
-    release = ".".join(version("torch").split(".")[:2])
+    release = ".".join(_torch_version().split(".")[:2])
     texts = [path.read_text(encoding="utf-8") for path in _sources()]
     about = [release, *platform.libc_ver(), os.environ.get("CXX", ""), *flags, *texts]
     digest = hashlib.sha256("\n".join(about).encode()).hexdigest()
@@ -221,6 +257,16 @@ def user_cache() -> Path:
     if home.startswith("~"):  # a user without a home
         return Path(tempfile.gettempdir()) / f"axon-{os.getuid()}"
     return Path(home) / "axon"
+
+
+def _torch_version() -> str:
+    try:
+        return version("torch")
+    except PackageNotFoundError:  # from a source tree, or packed without its metadata
+        found = re.search(r"__version__ = '([^']*)'", (_torch_folder() / "version.py").read_text(encoding="utf-8"))
+        if found is None:
+            raise Unavailable("torch does not say its version") from None
+        return found[1]
 
 
 def _torch_folder() -> Path:

@@ -25,7 +25,7 @@ from axon_llm.fast.blocks import (
     StripTransformer,
     multiplies_itself,
 )
-from axon_llm.fast.fp8 import Fp8Linear, quantise_fp8
+from axon_llm.fast.fp8 import Fp8Linear, check_sizes, quantise_fp8
 from axon_llm.fast.gpu.block import GpuBlock, GpuNorm
 from axon_llm.fast.gpu.linear import GpuLinear
 from axon_llm.fast.int4 import Int4Linear, Int4WeightLinear, pack
@@ -73,6 +73,9 @@ def accelerate(
         )
     if plan.kernel == "reference" or kinds:
         return model  # nothing faster, or loaded from a packed checkpoint
+    for module in model.modules():  # all of it before any is changed
+        if isinstance(module, nn.Linear):
+            _check_sizes(plan.kernel.removesuffix("-strips"), module.weight)
     model.requires_grad_(False)
     if plan.fuse:
         return join(fuse(model, lambda _, linears: _make(plan, rows, linears), fastest_attention(device, dtype)))
@@ -217,12 +220,19 @@ def quantised(quantize: str, linears: Sequence[nn.Linear]) -> tuple[Tensor, ...]
         return quantise_int8(weight)
     if quantize == "fp8":
         return quantise_fp8(weight)
-    if weight.shape[1] % GROUP:
+    _check_sizes(quantize, weight)
+    return quantise_int4(weight)
+
+
+def _check_sizes(quantize: str, weight: Tensor) -> None:
+    """Raise UsageError for a weight ``[N, K]`` that cannot be quantised so."""
+    if quantize == "fp8":
+        check_sizes(weight)
+    if quantize == "int4" and weight.shape[1] % GROUP:
         raise UsageError(
             f"int4 needs input channels that are multiples of {GROUP}; this model has a {list(weight.shape)} linear",
             "--quantize int8 has no such limit.",
         )
-    return quantise_int4(weight)
 
 
 def build(kernel: str, values: tuple[Tensor, ...], bias: Tensor | None) -> FastLinear:

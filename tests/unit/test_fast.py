@@ -43,8 +43,8 @@ PLANS = [
 ]
 
 
-def random_model(config: ModelConfig, dtype: torch.dtype = torch.float32) -> Transformer:
-    torch.manual_seed(0)
+def random_model(config: ModelConfig, dtype: torch.dtype = torch.float32, seed: int = 0) -> Transformer:
+    torch.manual_seed(seed)
     model = Transformer(config)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)

@@ -3,13 +3,16 @@
 import copy
 import math
 import os
+import pickle
 import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +21,7 @@ from test_fast import CONFIG, QWEN, prefill_and_decode, random_model
 from axon_llm.cache import KVCache
 from axon_llm.config import ModelConfig
 from axon_llm.engine.sampling import likeliest
+from axon_llm.errors import UsageError
 from axon_llm.fast import accelerate, describe, native, ops
 from axon_llm.fast.attention import RopeAtOnce, attend_in_strips
 from axon_llm.fast.blocks import StripBlocks, StripHead, StripTransformer
@@ -898,6 +902,148 @@ def test_without_a_working_compiler_it_says_so_and_goes_on(
     err = capsys.readouterr().err
     assert err.count("PyTorch's own kernels are used") == 1
     assert said in err
+
+
+def compiler_that_copies(folder: Path, refuses: str = "") -> str:
+    """A program that gives the library there is for whatever it is to compile, but knows no flags that begin so."""
+    path = folder / "compiler"
+    path.write_text(
+        "#!/bin/sh\n"
+        f'for word; do case "$word" in {refuses or "-none"}*) echo "c++: error: unrecognized command-line option '
+        """'$word'; never heard of it" >&2; exit 1;; esac\n"""
+        f'[ "$before" = -o ] && cp {native.built()} "$word"; before=$word; done\n'
+    )
+    path.chmod(0o755)
+    return str(path)
+
+
+@kernels
+@pytest.mark.skipif(not native.processor_flags().issuperset(native.WIDE), reason="it has no flags to do without")
+def test_a_compiler_that_does_not_know_the_newest_flags_is_asked_for_less(tmp_path: Path) -> None:
+    flags = frozenset({*native.WIDE, "avx512_bf16", "amx_tile", "amx_bf16", "amx_int8"})
+    code = f"from axon_llm.fast import native\nnative.processor_flags = lambda: {flags!r}\nprint(*native._found()[1])"
+    said = []
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "AXON_KERNEL_CACHE": str(tmp_path), "CXX": compiler_that_copies(tmp_path, "-mamx")},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert done.stdout.split() == [*native.WIDE, "avx512_bf16"]
+        said.append(done.stderr)
+    assert "will do without amx_tile, amx_bf16, amx_int8: " in said[0]
+    assert said[1] == ""
+
+
+@kernels
+def test_a_library_that_cannot_be_loaded_is_made_anew(tmp_path: Path) -> None:
+    environment = {**os.environ, "AXON_KERNEL_CACHE": str(tmp_path), "CXX": compiler_that_copies(tmp_path)}
+    command = [sys.executable, "-c", "from axon_llm.fast import native; print(native.load())"]
+    assert subprocess.run(command, env=environment, capture_output=True, check=True).stdout == b"True\n"
+    [library] = tmp_path.glob("*.so")
+    whole = library.read_bytes()
+    for wrong in (whole[:4096] + bytes(len(whole) - 4096), b"no library" + sha256(b"no library").digest()):
+        library.write_bytes(wrong)
+        said = subprocess.run(command, env=environment, capture_output=True, check=True)
+        assert said.stdout == b"True\n"
+        assert said.stderr.count(b"compiling kernels") == 1
+        assert library.stat().st_size == len(whole)
+    assert library.read_bytes() == whole
+
+
+@kernels
+def test_what_a_compiler_says_in_another_encoding_is_no_failure_of_ours(tmp_path: Path) -> None:
+    (tmp_path / "compiler").write_text("#!/bin/sh\nprintf 'error: \\351\\n' >&2; exit 1\n")
+    (tmp_path / "compiler").chmod(0o755)
+    done = subprocess.run(
+        [sys.executable, "-c", "from axon_llm.fast import native; print(native.load())"],
+        env={**os.environ, "AXON_KERNEL_CACHE": str(tmp_path), "CXX": str(tmp_path / "compiler")},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "False\n"
+    assert done.stderr.count("PyTorch's own kernels are used") == 1
+
+
+@kernels
+@pytest.mark.parametrize("kind", ["bf16-strips", "int8-strips", "int4-strips"])
+def test_sequences_may_share_one_row_of_positions(kind: str) -> None:
+    assert native.load()
+    model = accelerate(random_model(CONFIG, torch.bfloat16), plan=plan_of(kind.removesuffix("-strips")))
+    tokens = torch.randint(0, CONFIG.vocab_size, (4, 9))
+    positions = torch.arange(9)[None]
+    assert torch.equal(model(tokens, positions), model(tokens, positions.expand(4, 9)))
+
+
+@kernels
+def test_a_model_that_cannot_be_quantised_so_is_left_as_it_was() -> None:
+    assert native.load()
+    odd = replace(CONFIG, intermediate_size=176)
+    model = random_model(odd, torch.bfloat16)
+    tokens, positions = torch.arange(5)[None], torch.arange(5)[None]
+    expected = model(tokens, positions)
+    with pytest.raises(UsageError, match="multiples of 32"):
+        accelerate(model, "int4")
+    assert torch.equal(model(tokens, positions), expected)
+    assert accelerate(model, "int8")(tokens, positions).isfinite().all()
+
+
+@kernels
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("once", [False, True])
+def test_weights_loaded_into_an_accelerated_model_are_the_ones_it_computes_with(once: bool, assign: bool) -> None:
+    assert native.load()
+    source, target = (
+        accelerate(random_model(QWEN, torch.bfloat16, seed=seed), once=once, plan=None if once else plan_of("bf16"))
+        for seed in (1, 2)
+    )
+    target.load_state_dict({name: tensor.clone() for name, tensor in source.state_dict().items()}, assign=assign)
+    assert torch.equal(prefill_and_decode(target, torch.bfloat16), prefill_and_decode(source, torch.bfloat16))
+
+
+@kernels
+def test_an_accelerated_model_survives_pickling() -> None:
+    assert native.load()
+    model = accelerate(random_model(CONFIG, torch.bfloat16))
+    again = pickle.loads(pickle.dumps(model))
+    assert torch.equal(prefill_and_decode(again, torch.bfloat16), prefill_and_decode(model, torch.bfloat16))
+
+
+def _refused_products() -> list[tuple[str, tuple[Any, ...]]]:
+    q, k = torch.zeros(2, 4, 3, 64, dtype=torch.bfloat16), torch.zeros(2, 2, 8, 64, dtype=torch.bfloat16)
+    mask = torch.ones(2, 1, 3, 8, dtype=torch.bool)
+    x, strips = torch.zeros(3, 64, dtype=torch.bfloat16), torch.zeros(2, 32, 16, dtype=torch.int32)
+    angles = torch.zeros(1, 1, 3, 64, dtype=torch.bfloat16)
+    turned = q.transpose(1, 2)
+    words = torch.zeros(32, 32, dtype=torch.int32)
+    return [
+        ("bf16_attention", (q, k, k[:, :, :7], mask, 0)),
+        ("bf16_attention", (q, k[:1], k[:1], mask, 0)),
+        ("bf16_attention", (q, k[:, :0], k[:, :0], mask, 0)),
+        ("bf16_attention", (q, k[..., :32], k[..., :32], mask, 0)),
+        ("bf16_attention", (q[:, :3], k, k, mask, 0)),
+        ("bf16_attention", (q, k, k, mask.float(), 0)),
+        ("bf16_attention", (q.repeat(2, 1, 1, 1), k.repeat(2, 1, 1, 1), k.repeat(2, 1, 1, 1), mask, 0)),
+        ("bf16_strips", (x[:, :0], strips, 32, 0)),
+        ("bf16_strips", (torch.zeros((), dtype=torch.bfloat16), strips, 32, 0)),
+        ("bf16_strips", (x, strips.transpose(0, 2), 32, 0)),
+        ("bf16_rotate", (turned, angles[:, :, :2], angles[:, :, :2])),
+        ("bf16_rotate", (turned, angles, angles.float())),
+        ("lay_strips", (words, strips[:1])),
+        ("lay_strips", (words, strips[:, :16].contiguous())),
+        ("strip_rows", (strips, torch.zeros(1, dtype=torch.int64), 33)),
+    ]
+
+
+@kernels
+@pytest.mark.parametrize(("name", "given"), _refused_products())
+def test_operators_refuse_what_they_would_read_beyond(name: str, given: tuple[Any, ...]) -> None:
+    assert native.load()
+    with pytest.raises(RuntimeError, match=r"wanted|without input|no weights"):
+        getattr(torch.ops.axon, name)(*given)
 
 
 @pytest.mark.slow

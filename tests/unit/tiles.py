@@ -8,4 +8,4 @@ from axon_llm.fast import native
 HEADER = Path(__file__).with_name("matrix_unit.h")
 VERSION = crc32(HEADER.read_bytes())  # another emulation is another library
 flags = native._flags
-native._flags = lambda: [*flags(), f"-DAXON_TILES={VERSION}", "-include", str(HEADER)]
+native._flags = lambda used=None: [*flags(used), f"-DAXON_TILES={VERSION}", "-include", str(HEADER)]

@@ -53,8 +53,9 @@ class Masked final : public Sight {
  public:
   Masked(const Tensor& mask, const Shape& z)
       : mask_(in_order(mask)), step_(mask.size(0) == 1 ? 0 : z.T * z.S), S_(z.S) {
-    STD_TORCH_CHECK(mask.size(1) == 1 && mask.size(2) == z.T && mask.size(3) == z.S,
-                    "a mask [B or 1, 1, T, S] is wanted");
+    STD_TORCH_CHECK(mask.element_size() == 1 && (mask.size(0) == 1 || mask.size(0) == z.B) && mask.size(1) == 1 &&
+                        mask.size(2) == z.T && mask.size(3) == z.S,
+                    "a mask [B or 1, 1, T, S] of bool is wanted");
   }
   uint64_t at(int64_t b, int64_t t, int64_t s) const override {
     return set_at(static_cast<const uint8_t*>(mask_.const_data_ptr()) + b * step_ + t * S_ + s, S_ - s);

@@ -140,7 +140,7 @@ class ByVectors : public Format {
     const auto* ahead = reinterpret_cast<const uint8_t*>(k.next);
     const uint8_t* p = room_;
     for (int64_t s = 0; s < PIECE; s += 32, p += 2 * length, ahead += 2 * length, scores += 2 * a_.rows) {
-      fetch(ahead, 2 * length);
+      prefetch(ahead, 2 * length);
       int64_t r = 0;
       for (; r + 4 <= a_.rows; r += 4) score_rows<Format, 4>(p, blocks, a_, r, scores);
       for (; r + 2 <= a_.rows; r += 2) score_rows<Format, 2>(p, blocks, a_, r, scores);
@@ -163,7 +163,7 @@ class ByVectors : public Format {
     const auto* ahead = reinterpret_cast<const uint8_t*>(v.next);
     const uint8_t* p = room_;
     for (int64_t d = 0; d < v.D; d += 32, p += 2 * length, ahead += 2 * length, sums += 2 * a_.rows) {
-      fetch(ahead, 2 * length);
+      prefetch(ahead, 2 * length);
       add_strips<Format>(p, blocks, weights, sums);
     }
   }

@@ -156,10 +156,10 @@ class AsTheyLie : public ByVectors<Format> {
     score_by_fours<0>(k, scores);
   }
 
-  // Half of what comes after the values is told here: all of it in `add` is more than a core waits for at once.
+  // Half of what comes after the values is prefetched here: all of it in `add` is more than a core waits for at once.
   void meanwhile(const Piece& v, int64_t r) const {
     const int64_t share = PIECE / 2 / a_.rows;
-    tell(v, r * share, share);
+    prefetch_positions(v, r * share, share);
   }
 
   void add(const Activations& weights, const Piece& v, Floats* sums) const {
@@ -173,17 +173,17 @@ class AsTheyLie : public ByVectors<Format> {
 
   Memory queries_{nullptr, &std::free};  // [⌈R / 4⌉, D / QUARTER, QUERIES]
 
-  // The processor is told of a few positions of what comes next, as if they lay side by side. On Zen 3, with AVX2,
+  // A few positions of what comes next are prefetched, as if they lay side by side. On Zen 3, with AVX2,
   // looking at 8,000 positions takes 1.2 to 1.5 times as long as reading them, and 1.6 to 2.6 without; into the nearest
   // cache the same or a little more. Zen 5 takes 1.1 times as long without, and Zen 4 up to 1.25 times; past the second
   // level Zen 4 takes 1.3 times as long. Intel without its matrix unit has not been timed.
-  static void tell(const Piece& piece, int64_t first, int64_t count) {
+  static void prefetch_positions(const Piece& piece, int64_t first, int64_t count) {
     [[maybe_unused]] const auto* from = reinterpret_cast<const uint8_t*>(piece.next + first * piece.D);
     [[maybe_unused]] const int64_t bytes = 2 * count * piece.D;
 #if defined(__AVX512VP2INTERSECT__)
-    fetch<_MM_HINT_NTA>(from, bytes);
+    prefetch<_MM_HINT_NTA>(from, bytes);
 #elif defined(AXON_ZEN4) || !defined(__AVX512F__)
-    fetch<_MM_HINT_T1>(from, bytes);
+    prefetch<_MM_HINT_T1>(from, bytes);
 #endif
   }
 
@@ -209,7 +209,7 @@ class AsTheyLie : public ByVectors<Format> {
       Floats quarters[4];  // of four positions each: of every row, its scores
 #pragma GCC unroll 1
       for (int64_t four = 0; four < 4; four++, from += 4 * k.stride) {
-        if (first) tell(k, s + 4 * four, 4);
+        if (first) prefetch_positions(k, s + 4 * four, 4);
         Floats sums[4];
 #pragma GCC unroll 4
         for (auto& sum : sums) sum = all(0.0f);
@@ -237,7 +237,7 @@ class AsTheyLie : public ByVectors<Format> {
     constexpr int64_t STEP = Format::INPUTS;
     const uint16_t* from = v.from;
     for (int64_t s = 0; s < PIECE; s += STEP, from += STEP * v.stride, words += rows * Format::WORDS) {
-      tell(v, PIECE / 2 + s / 2, STEP / 2);
+      prefetch_positions(v, PIECE / 2 + s / 2, STEP / 2);
       for (int64_t d = 0, done = 0; d < v.D; d += done)
         for (int64_t r = 0, together; r < rows; r += together) {
           const int32_t* x = words + r * Format::WORDS;

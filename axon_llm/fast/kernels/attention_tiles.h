@@ -39,7 +39,7 @@ class ByTiles : public TilePairs {
     const auto* ahead = reinterpret_cast<const uint8_t*>(k.next);
     const uint8_t* p = room_;
     for (int64_t s = 0; s < PIECE; s += 32, p += 2 * blocks * BYTES, ahead += 2 * blocks * BYTES) {
-      fetch(ahead, 2 * blocks * BYTES);
+      prefetch(ahead, 2 * blocks * BYTES);
       tile_products<TilePairs>(a_.words, a_.rows * WORDS * 4, a_.rows, {{p, p + blocks * BYTES}}, 2, blocks,
                                reinterpret_cast<int32_t*>(scores + s / 16 * a_.rows), a_.rows * LANES, true);
     }
@@ -54,7 +54,7 @@ class ByTiles : public TilePairs {
   // The values that are wanted next, not those of the next piece: that would be too early.
   void meanwhile(const Piece& v, int64_t r) const {
     const int64_t share = 2 * PIECE * v.D / R_;
-    fetch(reinterpret_cast<const uint8_t*>(v.from) + r * share, share);
+    prefetch(reinterpret_cast<const uint8_t*>(v.from) + r * share, share);
   }
 
   void add(const Activations& weights, const Piece& v, Floats* sums) const {
@@ -106,16 +106,16 @@ class ByTiles : public TilePairs {
     _tile_zero(3);
     for (int64_t b = 0; b < blocks; b++, ahead += 4 * TILE_BYTES) {
       _tile_loadd(6, turned_.get() + b * TILE * WORDS, 64);
-      fetch(ahead, TILE_BYTES);
+      prefetch(ahead, TILE_BYTES);
       _tile_loadd(4, keys(0, b), line);
       _tile_dpbf16ps(0, 4, 6);
-      fetch(ahead + TILE_BYTES, TILE_BYTES);
+      prefetch(ahead + TILE_BYTES, TILE_BYTES);
       _tile_loadd(5, keys(1, b), line);
       _tile_dpbf16ps(1, 5, 6);
-      fetch(ahead + 2 * TILE_BYTES, TILE_BYTES);
+      prefetch(ahead + 2 * TILE_BYTES, TILE_BYTES);
       _tile_loadd(4, keys(2, b), line);
       _tile_dpbf16ps(2, 4, 6);
-      fetch(ahead + 3 * TILE_BYTES, TILE_BYTES);
+      prefetch(ahead + 3 * TILE_BYTES, TILE_BYTES);
       _tile_loadd(5, keys(3, b), line);
       _tile_dpbf16ps(3, 5, 6);
     }

@@ -10,6 +10,9 @@ namespace {
 
 // The weights of some output channels, `wanted` words of each, from strips [count, words, LANES].
 inline void gather_words(const Tensor& strips, const Tensor& channels, int64_t wanted, int32_t* to) {
+  STD_TORCH_CHECK(strips.dim() == 3 && strips.element_size() == 4 && strips.is_contiguous() &&
+                      strips.size(2) == LANES && wanted <= strips.size(1),
+                  "strips of ", wanted, " words are wanted");
   const int64_t words = strips.size(1);
   STD_TORCH_CHECK(channels.scalar_type() == torch::headeronly::ScalarType::Long, "token ids are int64");
   const Tensor numbers = in_order(channels);

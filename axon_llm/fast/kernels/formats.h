@@ -33,22 +33,22 @@ inline auto word_at(const uint8_t* block, int i) {
 }
 
 // A block's sixteen words from where it begins, and what else is in it: all of them loaded, or each when it is wanted.
-// `told`: the processor is told of the block AHEAD, too. Words are then loaded two by two, from front to back, and it
-// is told of as many lines after each two: where memory is slow, Zen 5 reads at 0.7 to 0.8 of that if all are loaded
+// `prefetched`: the block AHEAD is, too. Words are then loaded two by two, from front to back, and as many lines are
+// prefetched after each two: where memory is slow, Zen 5 reads at 0.7 to 0.8 of that if all are loaded
 // first, or in another order.
 template <class Format>
 class Loaded {
  public:
-  [[gnu::always_inline]] explicit Loaded(const uint8_t* p, bool told = false) : begin_(p) {
+  [[gnu::always_inline]] explicit Loaded(const uint8_t* p, bool prefetched = false) : begin_(p) {
 #pragma GCC unroll 8
     for (int i = 0; i < 16; i += 2) {
       words_[i] = word_at<Format>(p, i), words_[i + 1] = word_at<Format>(p, i + 1);
-      if (!HELD || !told) continue;
+      if (!HELD || !prefetched) continue;
       const int from = i * LINES / 16, to = (i + 2) * LINES / 16;
-      fetch<AHEAD_INTO>(p + AHEAD + 64 * from, 64 * (to - from));
+      prefetch<AHEAD_INTO>(p + AHEAD + 64 * from, 64 * (to - from));
       asm volatile("" : "+r"(p));  // what is loaded next is not loaded before
     }
-    if (!HELD && told) fetch<AHEAD_INTO>(p + AHEAD, Format::BYTES);
+    if (!HELD && prefetched) prefetch<AHEAD_INTO>(p + AHEAD, Format::BYTES);
   }
   const auto& word(int, int i) const { return words_[i]; }
   Words at(int, int64_t offset) const { return now(words_at(begin_ + offset)); }
@@ -62,8 +62,8 @@ class Loaded {
 template <class Format>
 class InPlace {
  public:
-  explicit InPlace(const uint8_t* p, bool told = false) : begin_(p) {
-    if (told) fetch<AHEAD_INTO>(p + AHEAD, Format::BYTES);
+  explicit InPlace(const uint8_t* p, bool prefetched = false) : begin_(p) {
+    if (prefetched) prefetch<AHEAD_INTO>(p + AHEAD, Format::BYTES);
   }
   auto word(int, int i) const { return word_at<Format>(begin_, i); }
   Words at(int, int64_t offset) const { return now(words_at(begin_ + offset)); }
@@ -99,9 +99,9 @@ class InTurn {
 };
 
 // The blocks of two strips, each word when it is wanted: an activation that was read is multiplied twice, and reading
-// activations is what bounds many rows. TOLD: the processor is told of the blocks ALONE_AHEAD, line by line as words
-// are read. If it is told of all twenty lines of int4 in a row, what is loaded next waits until memory has taken them.
-template <class Format, bool TOLD = false>
+// activations is what bounds many rows. PREFETCHED: the blocks ALONE_AHEAD are, line by line as words
+// are read. If all twenty lines of int4 are prefetched in a row, the next load waits until memory has taken them.
+template <class Format, bool PREFETCHED = false>
 class Beside {
  public:
   Beside(const uint8_t* one, const uint8_t* other) : begin_{one, other} {}
@@ -109,7 +109,7 @@ class Beside {
     if constexpr (HELD) {
       const auto word = now(word_at<Format>(begin_[s], i));  // or GCC reads some words once for each row
       const int from = i * LINES / 16, to = (i + 1) * LINES / 16;
-      if constexpr (TOLD) fetch_now(begin_[s] + ALONE_AHEAD + 64 * from, 64 * (to - from));
+      if constexpr (PREFETCHED) prefetch_now(begin_[s] + ALONE_AHEAD + 64 * from, 64 * (to - from));
       return word;
     } else {
       return word_at<Format>(begin_[s], i);
@@ -125,7 +125,7 @@ class Beside {
 // bfloat16 weights and activations; products of pairs, summed in float32.
 struct Pairs {
   static constexpr int64_t INPUTS = 32, WORDS = 16, BYTES = 1024;  // of a block: input channels, words of a row, bytes
-  static constexpr int64_t TOLD_ROWS = AHEAD_ROWS;  // rows from which the processor is told of the block AHEAD
+  static constexpr int64_t PREFETCH_ROWS = AHEAD_ROWS;             // rows from which the block AHEAD is prefetched
   using Sum = Floats;
   using Block = std::conditional_t<HELD, Loaded<Pairs>, InPlace<Pairs>>;   // for several rows
   using AtOnce = std::conditional_t<HELD, InTurn<Pairs>, InPlace<Pairs>>;  // for up to four
@@ -231,7 +231,7 @@ inline void lay_block(const uint16_t* rows, int64_t stride, int64_t count, int64
 
 // int8 weights; activations rounded with a scale for each row. Sums are exact.
 struct Int8 {
-  static constexpr int64_t INPUTS = 64, WORDS = 16 * FOUR, BYTES = 1024, TOLD_ROWS = AHEAD_ROWS;
+  static constexpr int64_t INPUTS = 64, WORDS = 16 * FOUR, BYTES = 1024, PREFETCH_ROWS = AHEAD_ROWS;
   using Sum = Words;
   using Block = std::conditional_t<HELD, Loaded<Int8>, InPlace<Int8>>;
   using AtOnce = std::conditional_t<HELD, InTurn<Int8>, InPlace<Int8>>;
@@ -296,7 +296,7 @@ struct Int8 {
 // int4 weights, w = (q − 8) · scale + middle; activations rounded with a scale for each row and group.
 struct Int4 {
   static constexpr int64_t INPUTS = 2 * GROUP, WORDS = 16, BYTES = 640;  // two groups, 256 + 64 bytes each
-  static constexpr int64_t TOLD_ROWS = INT4_AHEAD_ROWS;
+  static constexpr int64_t PREFETCH_ROWS = INT4_AHEAD_ROWS;
   using Sum = Floats;
 
   using Block = Loaded<Int4>;

@@ -11,6 +11,7 @@ namespace {
 // x […, K] and the result y […, N], of the same type: work(x, y, R, K).
 template <class Work>
 Tensor product(const Tensor& x, int64_t N, bool float32, const Work& work) {
+  STD_TORCH_CHECK(x.dim() > 0 && x.size(-1) > 0, "activations without input channels");
   std::vector<int64_t> shape = sizes(x);
   const int64_t K = shape.back(), R = x.numel() / K;
   shape.back() = N;
@@ -56,6 +57,10 @@ Tensor bf16_stored(const Tensor& x, const Tensor& weight, int64_t products) {
 
 // Rows of words [N, W] into strips [⌈N / 16⌉, at least W, 16], which are filled up with zeros.
 void lay_strips(const Tensor& words, Tensor strips) {
+  STD_TORCH_CHECK(words.dim() == 2 && words.element_size() == 4 && words.stride(1) == 1 && strips.dim() == 3 &&
+                      strips.element_size() == 4 && strips.is_contiguous() && strips.size(2) == LANES &&
+                      strips.size(0) == pieces_of(words.size(0), LANES) && strips.size(1) >= words.size(1),
+                  "rows of words, and strips that hold them, are wanted");
   const int64_t N = words.size(0), W = words.size(1), length = strips.size(1), stride = words.stride(0);
   const auto* from = static_cast<const int32_t*>(words.const_data_ptr());
   auto* to = static_cast<int32_t*>(strips.mutable_data_ptr());

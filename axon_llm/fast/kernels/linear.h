@@ -31,13 +31,13 @@ inline int64_t least(int64_t count, int64_t bytes) {
   return bytes < SMALL ? pieces_of(count, torch::stable::get_num_threads()) : pieces_of(LEAST * count, bytes);
 }
 
-// sums of several rows += those from place `at` on, times blocks one after the other. `told`, a constant where that is
-// faster: the processor is told of the blocks AHEAD.
+// sums of several rows += those from place `at` on, times blocks one after the other. `prefetched`, a constant where
+// that is faster: the blocks AHEAD are.
 template <class Format>
-inline void add_to_several(auto told, const uint8_t* p, int64_t blocks, const Activations& a, int64_t at, int64_t rows,
-                           typename Format::Sum* sums) {
+inline void add_to_several(auto prefetched, const uint8_t* p, int64_t blocks, const Activations& a, int64_t at,
+                           int64_t rows, typename Format::Sum* sums) {
   for (int64_t b = 0; b < blocks; b++, p += Format::BYTES, at += a.rows) {
-    typename Format::Block block(p, told);  // not const: GCC would store it, though nobody reads it
+    typename Format::Block block(p, prefetched);  // not const: GCC would store it, though nobody reads it
     multiply_rows<Format>(block, a, at, rows, sums);
   }
 }
@@ -49,7 +49,7 @@ inline void add_in_turn(const uint8_t* p, int64_t blocks, const Activations& a, 
   typename Format::Sum here[ROWS];
   std::copy_n(sums, ROWS, here);
   for (int64_t b = 0; b < blocks; b++, p += Format::BYTES, at += a.rows) {
-    if constexpr (ROWS == 1 && ALONE_AHEAD > 0) fetch<ALONE_INTO>(p + ALONE_AHEAD, Format::BYTES);
+    if constexpr (ROWS == 1 && ALONE_AHEAD > 0) prefetch<ALONE_INTO>(p + ALONE_AHEAD, Format::BYTES);
     Format::template multiply<ROWS>(typename Format::AtOnce(p), a, at, here);
   }
   std::copy_n(here, ROWS, sums);
@@ -59,18 +59,18 @@ template <class Format>
 inline void add_blocks(const uint8_t* p, int64_t blocks, const Activations& a, int64_t at, int64_t rows,
                        typename Format::Sum* sums) {
   if (rows == 1) return add_in_turn<Format, 1>(p, blocks, a, at, sums);
-  const bool told = rows >= Format::TOLD_ROWS;
-  if constexpr (!HELD) return add_to_several<Format>(told, p, blocks, a, at, rows, sums);
-  if constexpr (Format::TOLD_ROWS > 4)
+  const bool prefetched = rows >= Format::PREFETCH_ROWS;
+  if constexpr (!HELD) return add_to_several<Format>(prefetched, p, blocks, a, at, rows, sums);
+  if constexpr (Format::PREFETCH_ROWS > 4)
     if (rows == 4) return add_in_turn<Format, 4>(p, blocks, a, at, sums);
-  if (told) return add_to_several<Format>(std::true_type(), p, blocks, a, at, rows, sums);
+  if (prefetched) return add_to_several<Format>(std::true_type(), p, blocks, a, at, rows, sums);
   return add_to_several<Format>(std::false_type(), p, blocks, a, at, rows, sums);
 }
 
 // One row's sums of two strips += it times their blocks, read from both side by side.
 template <class Format>
 inline void add_beside(const uint8_t* const* w, int64_t blocks, const Activations& a, typename Format::Sum* sums) {
-  static_assert(!ALONE_BY_TWO || ALONE_INTO == _MM_HINT_T1, "it is what `Beside` tells the processor");
+  static_assert(!ALONE_BY_TWO || ALONE_INTO == _MM_HINT_T1, "it is where `Beside` prefetches to");
   const auto both = [&](int64_t i) { return Beside<Format, true>(w[0] + i * Format::BYTES, w[1] + i * Format::BYTES); };
   multiply_by_two<Format, 1>(both, blocks, a, 0, sums, 1);
 }
@@ -158,8 +158,9 @@ void multiply_in_tiles(const X* x, const Weights& weights, const float* scales, 
   Format::prepare(x, R, K, blocks, a);
   const bool few = a.rows <= 2 * TILE;
   const int64_t rows = std::min(a.rows, TILE_ROWS), chunk = few ? blocks : TILE_BLOCKS;
-  const int64_t pairs = pieces_of(count, 2),
-                at_least = few ? least(pairs, count * blocks * Format::BYTES) : TILE_STRIPS / 2;
+  // Many rows: as many strips as share what the second-level cache holds of them, unless threads would have no work.
+  const int64_t pairs = pieces_of(count, 2), each = pieces_of(pairs, torch::stable::get_num_threads());
+  const int64_t at_least = few ? least(pairs, count * blocks * Format::BYTES) : std::min(TILE_STRIPS / 2, each);
   share(pairs, at_least, [&](Pieces& pieces) {
     const Tiles tiles(std::min(R, TILE));
     const Memory sums = memory(TILE_STRIPS * rows * LANES), room = room_for<Weights>(2 * chunk);
@@ -203,13 +204,13 @@ void multiply_bf16(const uint16_t* x, const Weights& weights, const Y& y, int64_
 }
 
 // The sum of the products of two rows of bfloat16, in four parts: none waits for another. `first`: nobody has read b
-// before; the processor is told what comes next where that is faster with AVX2, elsewhere that has not been timed.
+// before; what comes next is prefetched where that is faster with AVX2, elsewhere that has not been timed.
 inline float dot(const uint16_t* a, const uint16_t* b, int64_t K, bool wide, [[maybe_unused]] bool first) {
   Floats parts[4];
   for (auto& part : parts) part = all(0.0f);
   for (int64_t k = 0; k < K; k += 128) {
     if constexpr (!HELD && ALONE_AHEAD > 0)
-      if (first) fetch<ALONE_INTO>(reinterpret_cast<const uint8_t*>(b + k) + ALONE_AHEAD, 256);
+      if (first) prefetch<ALONE_INTO>(reinterpret_cast<const uint8_t*>(b + k) + ALONE_AHEAD, 256);
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++) {
       const int64_t from = k + 32 * i;

@@ -20,7 +20,7 @@ Tensor read_words(const Tensor& x) {
     for (auto& part : sums) part = all(0);
     const uint8_t* p = from + begin * STEP;
     for (int64_t i = begin; i < end; i++, p += STEP) {
-      if constexpr (AHEAD_ROWS == 1) fetch<AHEAD_INTO>(p + AHEAD, STEP);
+      if constexpr (AHEAD_ROWS == 1) prefetch<AHEAD_INTO>(p + AHEAD, STEP);
 #pragma GCC unroll 8
       for (int j = 0; j < 8; j++) sums[j] = sums[j] + words_at(p + 64 * j);
     }

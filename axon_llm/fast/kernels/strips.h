@@ -48,7 +48,7 @@ enum Products : int64_t { PAIRS, WIDE, TILES };
 constexpr auto BFLOAT16 = torch::headeronly::ScalarType::BFloat16;
 constexpr int64_t TOGETHER = 64;  // rows that go through a strip together: their sums stay in the nearest cache
 constexpr int64_t GROUP = 32;     // input channels that share a scale in int4
-// Bytes ahead of a block that the processor is told to fetch, and into which cache: with AHEAD_ROWS rows and more
+// Bytes ahead of a block at which to prefetch, and into which cache: with AHEAD_ROWS rows and more
 // (INT4_AHEAD_ROWS of int4), and with one. Measured: on Zen 4 one row is slower with it, four of bfloat16 and int8 are,
 // and 16 rows are 1.4 times as fast with it, but slower than without into the first level; on Zen 5 what comes next
 // goes past the second level, and one row is slower with it; on Intel one row of int4 is 1.3 times as fast, and half as
@@ -105,11 +105,11 @@ struct Activations {
 
 // The processor fetches some bytes into a cache in the meantime, the second-level one unless said.
 template <auto INTO = _MM_HINT_T1>
-[[gnu::always_inline]] inline void fetch(const uint8_t* from, int64_t bytes) {
+[[gnu::always_inline]] inline void prefetch(const uint8_t* from, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(from) + i, INTO);
 }
-// … into the second-level one, and told between the loads beside it: compilers put `fetch` where they like.
-[[gnu::always_inline]] inline void fetch_now(const uint8_t* from, int64_t bytes) {
+// … into the second-level one, and where it stands between loads: compilers put `prefetch` where they like.
+[[gnu::always_inline]] inline void prefetch_now(const uint8_t* from, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) asm volatile("prefetcht1 %0" ::"m"(from[i]));
 }
 

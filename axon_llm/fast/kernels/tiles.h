@@ -127,7 +127,7 @@ struct Blocks {
 //   rows     of the first block; those of the next are `row_step` bytes on
 //   sums     of the first strip, [ROWS * 16, 16] words, and `sum_step` words on of the second; begun with what is there
 //            if there is anything
-//   ahead    tell the processor what comes next: worth it where strips come from memory
+//   ahead    prefetch what comes next: worth it where strips come from memory
 template <class Format, int ROWS, int STRIPS>
 inline void tile_product(const int32_t* rows, int64_t row_step, const Blocks& strips, int64_t blocks, int32_t* sums,
                          int64_t sum_step, bool begun, bool ahead = false) {
@@ -151,9 +151,9 @@ inline void tile_product(const int32_t* rows, int64_t row_step, const Blocks& st
     if constexpr (ROWS == 2) _tile_loadd(5, x + TILE * BYTES, BYTES);
     _tile_loadd(6, w, strips.line);
     if constexpr (STRIPS == 2) _tile_loadd(7, v, strips.line);
-    if (ahead) fetch(w + TILE_AHEAD, Format::BYTES);
+    if (ahead) prefetch(w + TILE_AHEAD, Format::BYTES);
     if constexpr (STRIPS == 2)
-      if (ahead) fetch(v + TILE_AHEAD, Format::BYTES);
+      if (ahead) prefetch(v + TILE_AHEAD, Format::BYTES);
     Format::template multiply_tiles<ROWS, STRIPS>();
   }
   _tile_stored(0, sums, BYTES);

@@ -154,8 +154,9 @@ inline uint8_t* bytes(const Memory& room) { return reinterpret_cast<uint8_t*>(ro
 template <class Format>
 Laid<Format> laid(const Tensor& strips, int64_t N, int64_t K) {
   const int64_t blocks = pieces_of(K, Format::INPUTS);
-  STD_TORCH_CHECK(strips.element_size() * strips.numel() == pieces_of(N, LANES) * blocks * Format::BYTES, "strips of ",
-                  strips.numel(), " words are no weights for ", K, " inputs and ", N, " outputs");
+  STD_TORCH_CHECK(
+      strips.element_size() * strips.numel() == pieces_of(N, LANES) * blocks * Format::BYTES && strips.is_contiguous(),
+      "strips of ", strips.numel(), " words are no weights for ", K, " inputs and ", N, " outputs");
   return {static_cast<const uint8_t*>(strips.const_data_ptr()), blocks};
 }
 
