@@ -40,6 +40,8 @@ def locate(name: str | Path, *, weights: bool = True) -> Path:
         ModelNotFound: nothing of that name; the hint lists what is there.
     """
     text = str(name)
+    if not text:
+        raise ModelNotFound("the name of the model is empty", _what_is_there())
     try:
         folder = Path(text).expanduser()
     except RuntimeError:  # ~somebody/… where there is no such user

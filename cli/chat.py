@@ -55,24 +55,24 @@ def command(
     from axon_llm.engine.speculate import DEFAULT_DRAFTS
 
     from .conversation import Conversation
+    from .generate import check_sampling
     from .loading import cache_length, load, sampling
 
+    chosen: dict[str, Any] = {
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "seed": seed,
+    }
+    check_sampling(max_tokens, stop, chosen)  # what is wrong shows before a model is loaded
     loaded, tokenizer = load(model, device=device, dtype=dtype, quantize=quantize)
     if not tokenizer.has_chat_template:
         raise TokenizerError(f"{model} has no chat template", "Use `axon generate`, or a chat (instruct) model.")
-    params = sampling(
-        tokenizer,
-        max_tokens=max_tokens,
-        stop=stop,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-    )
+    params = sampling(tokenizer, max_tokens=max_tokens, stop=stop, **chosen)
     context = loaded.config.max_position_embeddings
-    length = cache_length(2, min(context, MOST_POSITIONS) if max_seq_len is None else max_seq_len, context)
+    length = cache_length(1, 1, min(context, MOST_POSITIONS) if max_seq_len is None else max_seq_len, context)
     engine = Engine(
         loaded, tokenizer, max_seq_len=length, compile=compile, speculate=DEFAULT_DRAFTS if speculate else 0
     )
@@ -182,7 +182,9 @@ def _lines() -> Iterator[str]:
 def _typed() -> Iterator[str]:
     """Lines from a terminal, with history and editing where Python has them. Ctrl-C drops the line, twice it leaves."""
     with suppress(ImportError):
-        import readline  # noqa: F401 - input() uses it once it is imported
+        import readline  # input() uses it once it is imported
+
+        readline.parse_and_bind("set enable-bracketed-paste on")  # several lines pasted are one message
     interrupted = False
     while True:
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from axon_llm.bench.compare import Comparison, Side
 
 DEFAULT_PROMPT = "Once upon a time"
+SAY_EVERY_S = 30.0
 
 
 def command(
@@ -121,6 +123,8 @@ def _side(outcome: Comparison, side: Side) -> dict[str, Any]:
 def _print(outcome: Comparison, report: dict[str, Any], text: str) -> None:
     from rich.text import Text
 
+    from axon_llm.shapes import PREFIX
+
     from .render import human_bytes, human_seconds, sparkline, stdout_console, table
 
     console = stdout_console()
@@ -137,7 +141,7 @@ def _print(outcome: Comparison, report: dict[str, Any], text: str) -> None:
 
     exponents = [outcome.exponent(side) for side in (on, off)]
     rows = [
-        ("time to first token", human_seconds(on.ttft_s), human_seconds(off.ttft_s), times(on.ttft_s, off.ttft_s)),
+        ("time to first token", human_seconds(on.ttft_s), human_seconds(off.ttft_s), "same work"),
         ("time per token, median", human_seconds(on.tpot_s), human_seconds(off.tpot_s), times(on.tpot_s, off.tpot_s)),
         (
             "the last tokens, median",
@@ -169,11 +173,13 @@ def _print(outcome: Comparison, report: dict[str, Any], text: str) -> None:
             f"(ahead by {mismatch.uncached.margin:.4f})"
             + (": a near-tie, which rounding decides; --dtype float32 tells" if mismatch.near_tie else "")
         )
-    console.print(Text(f"\n{' '.join(text.split())[: 3 * 80]}", style="dim"))
+    words = " ".join(text.split())
+    if not report["model"].startswith(PREFIX):  # random weights write no text
+        console.print(Text(f"\n{words[: 3 * 80]}{'…' if len(words) > 3 * 80 else ''}", style="dim"))
 
 
 class _progress:  # noqa: N801 - used like a function
-    """A progress bar on standard error, where that is a terminal."""
+    """A progress bar on standard error, where that is a terminal; elsewhere a line every half a minute."""
 
     def __init__(self, total: int) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -192,10 +198,17 @@ class _progress:  # noqa: N801 - used like a function
             disable=not console.is_terminal,
         )
         self._task = self._bar.add_task("", total=total)
+        self._total, self._said_at, self._console = total, time.monotonic(), console
 
     def __enter__(self) -> Any:
         self._bar.start()
-        return lambda done: self._bar.update(self._task, completed=done)
+        return self._advance
+
+    def _advance(self, done: int) -> None:
+        self._bar.update(self._task, completed=done)
+        if not self._console.is_terminal and time.monotonic() - self._said_at > SAY_EVERY_S:
+            self._said_at = time.monotonic()
+            print(f"axon: cache on and off: {done} of {self._total} tokens", file=sys.stderr)
 
     def __exit__(self, *_: object) -> None:
         self._bar.stop()

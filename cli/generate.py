@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -17,6 +18,7 @@ from . import options
 # Tokens up to which weights are used as they are stored: laying them out for the CPU kernels takes as long as some
 # hundred tokens gain by it, and longer where the system has to find the memory.
 SHORT = 256
+DEFAULT_TOKENS = 128
 
 
 def command(
@@ -24,7 +26,7 @@ def command(
         str | None, typer.Argument(help="The text to continue; - or nothing reads standard input.")
     ] = None,
     model: options.Model = options.DEFAULT_MODEL,
-    max_tokens: options.MaxTokens = 128,
+    max_tokens: options.MaxTokensThatFit = None,
     temperature: options.Temperature = None,
     top_p: options.TopP = None,
     top_k: options.TopK = None,
@@ -49,8 +51,18 @@ def command(
         raise UsageError(
             "--no-cache recomputes everything: --compile, --speculate and --max-seq-len have no place in it"
         )
+    chosen: dict[str, Any] = {
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "seed": seed,
+    }
+    most = DEFAULT_TOKENS if max_tokens is None else max_tokens
+    check_sampling(most, stop, chosen)  # what is wrong shows before a model is loaded
     text = read_prompt(prompt)
-    once = max_tokens <= SHORT and not (compile or speculate)
+    once = most <= SHORT and not (compile or speculate)
     with made_to_stay():
         from axon_llm.engine.engine import Engine
         from axon_llm.engine.speculate import DEFAULT_DRAFTS
@@ -59,19 +71,12 @@ def command(
         from .loading import cache_length, load, sampling
 
         loaded, tokenizer = load(model, device=device, dtype=dtype, quantize=quantize, once=once)
-    params = sampling(
-        tokenizer,
-        max_tokens=max_tokens,
-        stop=stop,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-    )
     tokens = tokenizer.encode(text)
-    length = cache_length(len(tokens) + max_tokens, max_seq_len, loaded.config.max_position_embeddings)
+    limit = loaded.config.max_position_embeddings
+    if max_tokens is None:
+        most = max(1, min(most, (max_seq_len or limit) - len(tokens)))
+    params = sampling(tokenizer, max_tokens=most, stop=stop, **chosen)
+    length = cache_length(len(tokens), most, max_seq_len, limit)
     if cache:
         engine = Engine(
             loaded, tokenizer, max_seq_len=length, compile=compile, speculate=DEFAULT_DRAFTS if speculate else 0
@@ -119,6 +124,14 @@ def stats_line(usage: Any, timings: Any, finish_reason: str | None) -> str:
         f"{usage.prompt_tokens} prompt tokens{cached} · {usage.completion_tokens} generated ({finish_reason}) · "
         f"TTFT {human_seconds(timings.ttft_s)} · TPOT {human_seconds(timings.tpot_s)}{speed}"
     )
+
+
+def check_sampling(max_tokens: int, stop: Sequence[str] | None, given: Mapping[str, Any]) -> None:
+    """Raise RequestError for sampling parameters outside their ranges."""
+    from axon_llm.engine.params import SamplingParams
+
+    named = {name: value for name, value in given.items() if value is not None}
+    SamplingParams(max_tokens=max_tokens, stop=tuple(stop or ()), **named)
 
 
 def read_prompt(prompt: str | None) -> str:

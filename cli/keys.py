@@ -1,4 +1,4 @@
-"""``axon keys``: make, list and revoke API keys. Needs Redis (``AXON_REDIS_URL``), nothing else."""
+"""``axon keys``: make, list and revoke API keys. Needs Redis (``AXON_REDIS_URL``, or the one on this machine)."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def create(
     if as_json:
         typer.echo(json.dumps({"schema": "axon.keys.create/1", "key": text, **_shape(key)}))
         return
-    typer.echo(f"Key {key.id} of tenant {key.tenant}; it will not be shown again:", err=True)
+    typer.echo(f"Key {key.id} of tenant {key.tenant}, in {_redis()}; it will not be shown again:", err=True)
     typer.echo(text)
 
 
@@ -64,7 +64,7 @@ def revoke(
     if as_json:
         typer.echo(json.dumps({"schema": "axon.keys.revoke/1", "id": key_id, "revoked": True}))
     else:
-        typer.echo(f"Key {key_id} is revoked.", err=True)
+        typer.echo(f"Key {key_id} is revoked, in {_redis()}.", err=True)
 
 
 def _with_store(work: Callable[[KeyStore], Awaitable[Result]]) -> Result:
@@ -82,6 +82,13 @@ def _with_store(work: Callable[[KeyStore], Awaitable[Result]]) -> Result:
             await store.close()
 
     return asyncio.run(run())
+
+
+def _redis() -> str:
+    from axon_llm.serving.settings import read_settings
+
+    place: str = read_settings().redis_place
+    return place
 
 
 def _shape(key: ApiKey) -> dict[str, Any]:

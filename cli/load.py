@@ -25,6 +25,8 @@ _SHOWN = (
     ("output throughput", "output_throughput", "tok/s"),
     ("total throughput", "total_token_throughput", "tok/s"),
     ("most at once", "max_concurrent_requests", ""),
+    ("prompt tokens", "total_input_tokens", ""),
+    ("  found in a cache", "total_cached_tokens", ""),
 )
 
 
@@ -78,12 +80,16 @@ def command(
     With --request-rate, requests arrive by chance and wait for nobody (open loop); with --max-concurrency alone, so
     many users each ask again when answered (closed loop).
     """
+    from dataclasses import replace
+
     from axon_llm.errors import UsageError
     from axon_llm.serving.load import Workload
     from axon_llm.serving.load_client import Target, first_model
     from axon_llm.serving.load_picture import draw_run, draw_sweep
     from axon_llm.serving.load_report import Objective
 
+    if plot is not None and plot.suffix.lower() != ".svg":
+        raise UsageError(f"--plot writes .svg, not {plot.suffix or plot.name!r}")
     if shared_prefix_len >= input_len:
         raise UsageError("--shared-prefix-len must be less than --input-len, or all prompts would be the same.")
     for option, number in (("--burstiness", burstiness), ("--temperature", temperature), ("--timeout", timeout_s)):
@@ -121,7 +127,8 @@ def command(
     results: list[dict[str, Any]] = []
     for rate in rates:
         for limit in limits:
-            run, result = _measure(target, workload, rate, limit, burstiness, warm_ups, objective, detailed)
+            point = replace(workload, seed=seed + 1000 * len(runs))  # other prompts: the server remembers the last ones
+            run, result = _measure(target, point, rate, limit, burstiness, warm_ups, objective, detailed)
             runs.append(run)
             results.append(result)
             if not as_json:
@@ -204,6 +211,11 @@ def _compare(
 
 def _show(result: dict[str, Any]) -> None:
     typer.echo(f"{result['model_id']} at {result['base_url']}: {_load_of(result)}")
+    for error in result["errors"][:3]:
+        typer.echo(f"  error: {error}", err=True)
+    if not result["completed"]:
+        typer.echo("  no request was answered")
+        return
     for label, name, unit in _SHOWN:
         value = result[name]
         typer.echo(f"  {label:20}{value:>12,}" if isinstance(value, int) else f"  {label:20}{value:>12,.2f} {unit}")
@@ -214,8 +226,6 @@ def _show(result: dict[str, Any]) -> None:
     for name, judged in result["objective"].items():
         verdict = "met" if judged["met"] else "missed"
         typer.echo(f"  objective {name} ≤ {judged['limit']:g}: {verdict}")
-    for error in result["errors"][:3]:
-        typer.echo(f"  error: {error}", err=True)
 
 
 def _load_of(result: dict[str, Any]) -> str:

@@ -42,8 +42,8 @@ def sampling(tokenizer: Tokenizer, *, max_tokens: int, stop: Sequence[str] | Non
     return SamplingParams(max_tokens=max_tokens, stop=tuple(stop or ()), **chosen)
 
 
-def cache_length(needed: int, asked: int | None, limit: int) -> int:
-    """Positions for a cache: what was asked for, else what the run needs, within the model's limit.
+def cache_length(prompt: int, max_tokens: int, asked: int | None, limit: int) -> int:
+    """Positions for a cache: what was asked for, else what prompt and answer need, within the model's limit.
 
     Raises:
         UsageError: asked for nonsense, or for more than the model's context.
@@ -51,12 +51,12 @@ def cache_length(needed: int, asked: int | None, limit: int) -> int:
     """
     if asked is not None and not 1 <= asked <= limit:
         raise UsageError(f"--max-seq-len must be from 1 to {limit}, the model's context, not {asked}")
-    room = limit if asked is None else asked
+    needed, room = prompt + max_tokens, limit if asked is None else asked
     if needed > room:
         raise RequestError(
-            f"prompt and --max-tokens need {needed} positions, the context has {room}",
+            f"the prompt has {prompt} tokens and --max-tokens asks for {max_tokens} more; the context has {room}",
             code="context_length_exceeded",
-            hint="Shorten the prompt or lower --max-tokens.",
+            hint="Shorten the prompt or lower --max-tokens." if prompt < room else "Shorten the prompt.",
         )
     return room if asked is not None else needed
 

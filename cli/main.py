@@ -94,6 +94,7 @@ def _run(name: str, words: list[str]) -> int:
         app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
         app.command(name)(command)
         command = app
+    command.info.context_settings = {"help_option_names": ["-h", "--help"]}  # a group hands it on to its commands
     runner: Any = typer.main.get_command(command)
     result = runner.main(args=words, prog_name=f"axon {name}", standalone_mode=False)
     sys.stdout.flush()

@@ -28,6 +28,10 @@ MaxSeqLen = Annotated[
     typer.Option(envvar="AXON_MAX_SEQ_LEN", help="Positions in the cache; what the run needs, if not given."),
 ]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", "-n", envvar="AXON_MAX_TOKENS", help="Tokens to generate.")]
+MaxTokensThatFit = Annotated[
+    int | None,
+    typer.Option("--max-tokens", "-n", envvar="AXON_MAX_TOKENS", help="Tokens to generate. [128, or what fits]"),
+]
 Temperature = Annotated[
     float | None,
     typer.Option("--temperature", "-t", envvar="AXON_TEMPERATURE", help="0 is greedy; the model's own default."),
@@ -60,6 +64,7 @@ __all__ = [
     "Dtype",
     "MaxSeqLen",
     "MaxTokens",
+    "MaxTokensThatFit",
     "MinP",
     "Model",
     "Quantize",

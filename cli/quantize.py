@@ -22,9 +22,13 @@ def command(
 
     Use it like any other model: axon generate -m OUTPUT.
     """
+    from axon_llm.errors import UsageError
     from axon_llm.fast.packed import write_packed
     from axon_llm.locate import locate
+    from axon_llm.shapes import PREFIX
 
+    if model.startswith(PREFIX):
+        raise UsageError(f"{model} has no checkpoint to quantise", "--quantize quantises random weights as they load.")
     source = locate(model)
     start = time.perf_counter()
     written = write_packed(source, output, weights)

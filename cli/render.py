@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Sequence
 from itertools import pairwise
@@ -18,8 +19,8 @@ def stderr_console() -> Console:
 
 
 def stdout_console() -> Console:
-    """For tables that are the answer; never narrower than they need when standard output is a file."""
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    """For tables that are the answer; never so narrow that figures are left out: a terminal may break lines instead."""
+    return Console(highlight=False, width=max(80, shutil.get_terminal_size().columns) if sys.stdout.isatty() else 120)
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | None = None) -> Table:

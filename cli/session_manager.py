@@ -29,7 +29,7 @@ def command(
 ) -> None:
     """Serve the OpenAI-compatible API on RabbitMQ and Redis, for workers elsewhere.
 
-    Broker and Redis come from AXON_AMQP_URL and AXON_REDIS_URL (or a file named by …_FILE), never from options.
+    Broker and Redis come from AXON_AMQP_URL and AXON_REDIS_URL (or a file named by …_FILE), else those on this machine.
     """
     from axon_llm.serving.http_settings import SessionManagerSettings
     from axon_llm.serving.session_manager import run

@@ -48,8 +48,8 @@ def command(
 ) -> None:
     """Decode jobs from the queue until SIGTERM, then hand unfinished ones back for other workers to continue.
 
-    Broker and Redis come from AXON_AMQP_URL and AXON_REDIS_URL (or a file named by …_FILE), never from options. Exits
-    with code 4 if one of them is out of reach at the start for AXON_START_TIMEOUT_S; later it waits for them.
+    Broker and Redis come from AXON_AMQP_URL and AXON_REDIS_URL (or a file named by …_FILE), else those on this machine.
+    Exits with code 4 if one of them is out of reach at the start for AXON_START_TIMEOUT_S; later it waits for them.
     """
     from axon_llm.serving.served_model import ServedModel
     from axon_llm.serving.settings import read_settings

@@ -120,16 +120,17 @@ def _run(stack: contextlib.ExitStack, folder: Path, options: argparse.Namespace,
         say(f"starting {server.name} …")
         server.start()
     secret = secrets.token_urlsafe(24)
-    environment = {**os.environ, "AXON_GATEWAY_SECRET": secret}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("AXON_GATEWAY_SECRET")}
     # Workers that share a machine share its cores: with more threads than cores, each waits for the others.
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // max(1, options.workers))))
     ports = [free_port() for _ in range(options.session_managers)]
 
     def environment_of(role: str) -> dict[str, str]:
-        """What a process of this role may know: its own user of each server, and no other."""
+        """What a process of this role may know: its own user of each server, and a session manager the secret."""
         user = f"axon-{role.replace('_', '-')}"
         return {
             **environment,
+            **({"AXON_GATEWAY_SECRET": secret} if role == "session_manager" else {}),
             "AXON_REDIS_URL": redis_server.url(user, passwords[role]),
             "AXON_AMQP_URL": f"amqp://{user}:{passwords[role]}@127.0.0.1:{rabbit.port}/axon",
         }

@@ -1,6 +1,7 @@
 """Endless training text: documents as tokens, with a weight for each token, in rows of one length.
 
-Every row is a function of (seed, step, row) alone, so a resumed run sees exactly what an unbroken one would have seen.
+Every row is a function of (data seed, step, row) alone, so a resumed run sees exactly what an unbroken one would have
+seen.
 """
 
 from __future__ import annotations
@@ -52,6 +53,22 @@ def encode(tokenizer: Tokenizer, marked: str) -> tuple[list[int], list[float]]:
         if span < len(recalled) and recalled[span][0] < end:
             weights[i] = RECALL_WEIGHT
     return ids, weights
+
+
+def said_by_assistant(tokenizer: Tokenizer, ids: list[int]) -> list[bool]:
+    """Which tokens of a conversation the assistant itself says: its words, and the mark with which it ends its turn.
+
+    The other marks of the chat format are given, not said, and predicting them is no merit.
+    """
+    start, end, role = (tokenizer.token_to_id(token) for token in ("<|im_start|>", "<|im_end|>", "assistant"))
+    said, begins = [], len(ids)  # where the words of the turn begin
+    for i, token in enumerate(ids):
+        if token == start:
+            begins = i + 3 if ids[i + 1 : i + 2] == [role] else len(ids)  # after the mark, the role and a line break
+        said.append(i >= begins)
+        if token == end:
+            begins = len(ids)
+    return said
 
 
 def drill(rng: random.Random, vocab_size: int, length: int) -> tuple[list[int], list[float]]:

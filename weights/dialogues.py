@@ -130,7 +130,7 @@ class Conversation:
 
     def chat(self) -> None:
         """One exchange about something else."""
-        self.exchange(*small_talk(self.rng, self.name))
+        self.exchange(*small_talk(self.rng, self.name, self.unseen))
 
     def hear_story(self) -> None:
         """The assistant tells a story; the user may ask what was in it."""

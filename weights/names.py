@@ -1,15 +1,18 @@
 """Names of people and places, composed from syllables: far too many to be memorised, so copying has to be learnt.
 
-One name in ten, decided by a hash of its letters, is *held out*: training text never contains it, evaluation uses
-nothing else.
+One name in ten, decided by a hash of its letters, is *held out*: training text never contains it as a name, evaluation
+uses nothing else, and of these only what is no ordinary word of the training text either.
 """
 
 from __future__ import annotations
 
 import random
+import re
 import zlib
+from functools import cache
+from pathlib import Path
 
-from .words import ANIMALS, CITIES, FOODS, HER_NAMES, HIS_NAMES, INSTRUMENTS, JOBS, MONTHS, OBJECTS
+from .words import ANIMALS, CITIES, DAYS, FOODS, HER_NAMES, HIS_NAMES, INSTRUMENTS, JOBS, MONTHS, OBJECTS
 
 ONSETS = (
     "b c d f g h j k l m n p r s t v w y z br bl cl cr dr fl fr gl gr pl pr sh sk sl st th tr ch kr qu sp ph".split()
@@ -24,11 +27,30 @@ WORDS = tuple(
     word for words in (ANIMALS, CITIES, FOODS, HER_NAMES, HIS_NAMES, INSTRUMENTS, JOBS, MONTHS, OBJECTS) for word in words
     if word.isalpha()
 )  # fmt: skip
+TEMPLATES = ("plots", "stories", "facts", "small_talk", "off_topic", "dialogues")
 
 
 def held_out(name: str) -> bool:
     """Whether training text must never contain ``name``: one in ten, whatever its capital letters."""
     return name.lower() == "wanda" or zlib.crc32(name.lower().encode()) % 10 == 0
+
+
+@cache
+def ordinary_words() -> frozenset[str]:
+    """Every word that training text may contain without being a name, and some more, in lower case.
+
+    Read from the source of the templates: whatever is added there is known here.
+    """
+    here = Path(__file__).parent
+    templates = " ".join((here / f"{name}.py").read_text(encoding="utf-8") for name in TEMPLATES)
+    lists = re.findall(r"\b[a-z]+\b", (here / "words.py").read_text(encoding="utf-8"))  # names have capitals there
+    return frozenset(map(str.lower, (*re.findall(r"[A-Za-z]+", templates), *lists, *MONTHS, *DAYS)))
+
+
+def _wanted(name: str, unseen: bool) -> bool:
+    if unseen:
+        return held_out(name) and name.lower() not in ordinary_words()
+    return not held_out(name)
 
 
 def person(rng: random.Random, unseen: bool = False, pronoun: str | None = None) -> str:
@@ -43,7 +65,7 @@ def person(rng: random.Random, unseen: bool = False, pronoun: str | None = None)
             name = _spliced(rng)
         else:
             name = "".join(rng.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(rng.randint(3, 7))).capitalize()
-        if held_out(name) == unseen:
+        if _wanted(name, unseen):
             return name
 
 
@@ -55,7 +77,7 @@ def town(rng: random.Random, unseen: bool = False, real: float = 0.2) -> str:
             name = rng.choice(CITIES)
         else:
             name = _spliced(rng) if draw < 0.15 else _composed(rng, TOWN_ENDINGS if draw < 0.75 else ENDINGS)
-        if held_out(name) == unseen:
+        if _wanted(name, unseen):
             return name
 
 

@@ -56,10 +56,13 @@ HM = (
 )
 
 
-def off_topic(rng: random.Random, you: str) -> tuple[str, str]:
-    """One exchange about something the model knows nothing of; ``you`` is how the user is addressed, or empty."""
+def off_topic(rng: random.Random, you: str, unseen: bool = False) -> tuple[str, str]:
+    """One exchange about something the model knows nothing of; ``you`` is how the user is addressed, or empty.
+
+    With ``unseen``, names and invented words are such that training text never contains them.
+    """
     slots = {
-        "you": you, "topic": _topic(rng), "topic2": _topic(rng), "person": person(rng), "place": town(rng),
+        "you": you, "topic": _topic(rng, unseen), "topic2": _topic(rng, unseen), "person": person(rng, unseen), "place": town(rng, unseen),
         "a": str(rng.randint(2, 99)), "b": str(rng.randint(2, 99)),
     }  # fmt: skip
     asks = rng.random() < 0.65
@@ -68,6 +71,6 @@ def off_topic(rng: random.Random, you: str) -> tuple[str, str]:
     return said[0].upper() + said[1:] if rng.random() < 0.8 else said, expand(rng.choice(assistant), slots, rng)
 
 
-def _topic(rng: random.Random) -> str:
+def _topic(rng: random.Random, unseen: bool) -> str:
     """Something from the list, or a word that does not exist."""
-    return rng.choice(TOPICS) if rng.random() < 0.8 else person(rng).lower()
+    return rng.choice(TOPICS) if rng.random() < 0.8 else person(rng, unseen).lower()

@@ -11,7 +11,7 @@ from . import words
 from .off_topic import off_topic
 from .templates import expand, mark
 
-# (user says, assistant says); ``{you}`` is ", Wanda" where the user has told a name, and nothing otherwise
+# (user says, assistant says); ``{you}`` is a comma and the name where the user has told a name, and nothing otherwise
 EXCHANGES = (
     ("[Hello|Hi|Hey|Good morning|Good evening|Hello there][.|!]", "[Hello|Hi]{you}! How can I help you?"),
     ("[Hello|Hi|Hey], how are you?", "[I am fine, thank you|I am very well]{you}. How are you?"),
@@ -71,11 +71,14 @@ OFF_TOPIC = 0.25  # the share of small talk that is about things nobody can know
 NUMBER_WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()
 
 
-def small_talk(rng: random.Random, name: str | None) -> tuple[str, str]:
-    """One exchange, user then assistant; a known ``name`` may be used, marked as recalled."""
+def small_talk(rng: random.Random, name: str | None, unseen: bool = False) -> tuple[str, str]:
+    """One exchange, user then assistant; a known ``name`` may be used, marked as recalled.
+
+    With ``unseen``, whatever other names occur are such that training text never contains them.
+    """
     you = f", {mark(name)}" if name and rng.random() < 0.3 else ""
     if rng.random() < OFF_TOPIC:
-        return off_topic(rng, you)
+        return off_topic(rng, you, unseen)
     draw = rng.random()
     if draw < 0.7:
         slots = {

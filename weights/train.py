@@ -3,8 +3,8 @@
 One command end to end, on CPU or GPU; ``--minutes 90`` sets the budget in time instead of tokens. It trains the
 tokenizer, then the model, and writes the checkpoint, the loss log and the loss curve. Interrupted, it goes on where it
 stopped when started again with the same ``--run`` folder, also with another budget; ``--init FOLDER`` trains a finished
-checkpoint further. What it trains is the same ``Transformer`` that serves; only the attention mask is replaced by its
-causal special case, which is faster and needs no mask in memory.
+checkpoint further, on text it has not been trained on. What it trains is the same ``Transformer`` that serves; only the
+attention mask is replaced by its causal special case, which is faster and needs no mask in memory.
 
 Read next: ``corpus.py`` (what it is trained on), ``evaluate.py`` (what it learnt).
 """
@@ -12,6 +12,7 @@ Read next: ``corpus.py`` (what it is trained on), ``evaluate.py`` (what it learn
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import random
@@ -157,6 +158,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(groups, lr=schedule.peak_lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
         # The average of the recent weights is better than any of them while the rate is high: it is what is exported.
         self.average = [p.detach().clone() for p in self.model.parameters()]
+        self.data_seed = f"train/{seed}"
         self.step = self.done = 0
         self.seconds = 0.0
         self.losses: list[tuple[float, float]] = []
@@ -175,7 +177,7 @@ class Trainer:
 
     def train_step(self, tokenizer: Tokenizer) -> float:
         """One batch, one update; returns the loss."""
-        began, seed = time.monotonic(), f"train/{self.seed}/{self.step}"
+        began, seed = time.monotonic(), f"{self.data_seed}/{self.step}"
         rows, length, stories, drills = self.schedule.shape(random.Random(seed), self.spent)
         data = [tensor.to(self.device) for tensor in batch(tokenizer, seed, rows, length, stories, drills)]
         rate = self.schedule.rate(self.step, self.spent)
@@ -198,10 +200,17 @@ class Trainer:
         return value
 
     def begin_from(self, folder: Path) -> None:
-        """Take the weights of a checkpoint instead of random ones."""
+        """Take the weights of a checkpoint instead of random ones, and rows of text that depend on them.
+
+        Every run counts its steps from 0: with the seed alone, it would see again what the checkpoint was trained on.
+        """
         model, _ = load(folder, device=self.device, dtype="float32")
         self.model.load_state_dict(model.state_dict())
         self.average = [p.detach().clone() for p in self.model.parameters()]
+        digest = hashlib.sha256()
+        for parameter in self.model.parameters():
+            digest.update(parameter.detach().cpu().numpy().tobytes())
+        self.data_seed = f"train/{self.seed}/{digest.hexdigest()[:16]}"
 
     def averaged(self) -> dict[str, Tensor]:
         """The averaged weights under the model's names."""
@@ -212,6 +221,7 @@ class Trainer:
         state: dict[str, Any] = {
             "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "average": self.average,
             "step": self.step, "done": self.done, "seconds": self.seconds, "losses": self.losses,
+            "data_seed": self.data_seed,
         }  # fmt: skip
         torch.save(state, self.run / "state.tmp")
         (self.run / "state.tmp").replace(self.run / "state.pt")
@@ -227,6 +237,7 @@ class Trainer:
         self.average = state["average"]
         self.step, self.done, self.seconds = state["step"], state["done"], state["seconds"]
         self.losses = [tuple(point) for point in state["losses"]]
+        self.data_seed = state.get("data_seed", self.data_seed)  # older states lack it: theirs is the seed alone
         return True
 
 

@@ -31,7 +31,8 @@ def hardware(device: torch.device) -> str:
     name = native.processor().get("model name") or platform.processor() or platform.machine()
     flags = native.processor_flags()
     extras = [flag for flag in ("amx_bf16", "avx512_bf16", "avx512_vnni", "avx2") if flag in flags]
-    return f"{name}, {torch.get_num_threads()} threads" + (f" ({', '.join(extras[:3])})" if extras else "")
+    count = torch.get_num_threads()
+    return f"{name}, {count} thread{'' if count == 1 else 's'}" + (f" ({', '.join(extras[:3])})" if extras else "")
 
 
 def commit() -> str:

@@ -59,6 +59,8 @@ def load() -> bool:
             torch.ops.load_library(str(built()))
     except (Unavailable, OSError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
+        if isinstance(error, OSError):
+            reason += f" (kernels are kept in {_kept_in()}; AXON_KERNEL_CACHE names another folder)"
         print(f"axon: PyTorch's own kernels are used, which are slower: {reason}", file=sys.stderr)  # noqa: T201
         return False
     return True
@@ -128,7 +130,7 @@ def _compiled(flags: list[str]) -> Path:
     library.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     if not os.environ.get("AXON_KERNEL_CACHE"):
         _check_owner(library.parent)
-    sys.stderr.write("axon: compiling kernels for this processor, once …\n")
+    sys.stderr.write(f"axon: compiling kernels for this processor into {library.parent}, once: half a minute or so …\n")
     with _lock(library):
         if library.exists() and _is_whole(library):  # another process was quicker
             return library

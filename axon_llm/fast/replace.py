@@ -68,7 +68,8 @@ def accelerate(
     kinds = {module.kind for module in model.modules() if isinstance(module, FastLinear)}
     if kinds and quantize is not None and not any(kind.startswith(quantize) for kind in kinds):
         raise UsageError(
-            f"this model's weights are {', '.join(sorted(kinds))} and cannot become {quantize}",
+            f"this model's weights are {', '.join(sorted(kind.removesuffix('-strips') for kind in kinds))} and cannot "
+            f"become {quantize}",
             "Start from the original checkpoint.",
         )
     if plan.kernel == "reference" or kinds:

@@ -99,7 +99,7 @@ async def _reachable(service: Service) -> None:
             except StoreUnavailable:
                 pass
         await asyncio.sleep(0.05)
-    log.info("Redis and the broker answer")
+    log.info("%s: both answer", service.settings.places)
 
 
 def _identify(settings: SessionManagerSettings, keys: Keys) -> Identify:

@@ -90,6 +90,16 @@ class ServingSettings(BaseSettings):
         return self
 
     @property
+    def places(self) -> str:
+        """Where Redis and the broker are, without names and passwords; for people to read."""
+        return f"Redis at {self.redis_place}, broker at {_place(self.amqp_url)}"
+
+    @property
+    def redis_place(self) -> str:
+        """Where Redis is, likewise."""
+        return _place(self.redis_url)
+
+    @property
     def idempotency_ttl_s(self) -> int:
         """How long an idempotency key is bound: as long as its job is kept, and not a moment longer.
 
@@ -97,6 +107,11 @@ class ServingSettings(BaseSettings):
         would find the key and no job, and run again what has run already.
         """
         return int(self.job_deadline_s) + self.job_ttl_s
+
+
+def _place(url: SecretStr) -> str:
+    parts = urlsplit(url.get_secret_value())
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
 def read_settings(kind: type[ServingSettings] = ServingSettings, **overrides: Any) -> Any:
@@ -114,4 +129,4 @@ def read_settings(kind: type[ServingSettings] = ServingSettings, **overrides: An
             f"AXON_{'_'.join(map(str, fault['loc'])).upper()}: {fault['msg']}" if fault["loc"] else fault["msg"]
             for fault in error.errors(include_url=False, include_context=False, include_input=False)
         ]
-        raise UsageError("; ".join(faults), hint="see the table of settings in the documentation") from None
+        raise UsageError("; ".join(faults), hint="docs/settings.md describes every setting") from None

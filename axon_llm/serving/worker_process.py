@@ -37,6 +37,7 @@ def serve(settings: ServingSettings, build: Callable[[], ServedModel]) -> None:
     Raises:
         ServiceUnavailable: Redis or the broker was out of reach for ``settings.start_timeout_s`` seconds at the start.
     """
+    log.info("%s", settings.places)
     _reach_redis(settings)
     broker.reach(settings, settings.start_timeout_s)
     metrics, health = WorkerMetrics(), Health()

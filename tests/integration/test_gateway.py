@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import re
+import shutil
 import socket
 import ssl
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,12 +24,16 @@ import pytest
 from tests.integration.gateway_rig import SECRET, Front
 from tests.integration.http_rig import Rig, real_backend
 from tests.integration.scripted_worker import MODEL
-from tests.integration.servers import RabbitServer, RedisServer
+from tests.integration.servers import RabbitServer, RedisServer, free_port
 from tests.integration.test_http_bad_input import BAD_BODIES, BAD_HEADERS, BAD_HTTP, CHAT, JSON, exchange, head
 from tests.integration.test_http_jobs import request, until
 from tests.needs import need
 
 CHATS = "/v1/chat/completions"
+ROOT = Path(__file__).resolve().parents[2]
+
+
+PROBES = free_port()
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +42,9 @@ def front(real_servers: tuple[RedisServer, RabbitServer], tmp_path_factory: pyte
     backend = real_backend(*real_servers, trust="gateway", gateway_secret=SECRET)
     worker = backend.make_worker()
     worker.start()
-    running = Front(tmp_path_factory.mktemp("gateway"), backend, slow_client_s=1)
+    running = Front(
+        tmp_path_factory.mktemp("gateway"), backend, slow_client_s=1, probes=f"127.0.0.1:{PROBES}", processes="2"
+    )
     yield running
     running.stop()
     worker.stop()
@@ -141,10 +151,56 @@ def test_the_session_manager_believes_nobody_without_the_gateways_secret(front: 
         assert httpx.get(direct + "/internal/auth", headers=headers).status_code == 401
 
 
-@pytest.mark.parametrize("path", ["/internal/auth", "/_auth", "/v1/../internal/auth", "/metrics"])
-def test_what_is_internal_cannot_be_reached_from_outside(front: Front, acme: dict[str, str], path: str) -> None:
-    answer = exchange(address(front), f"GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n".encode())
-    assert answer.split(b" ")[1] == b"404"
+def ask_raw(front: Front, path: str, *lines: str, method: str = "GET", version: str = "HTTP/1.1") -> tuple[int, Any]:
+    """Status and JSON body of a request whose path nobody tidies up on its way."""
+    asked = "\r\n".join((f"{method} {path} {version}", "host: x", "connection: close", *lines, "", ""))
+    answer_head, _, body = exchange(address(front), asked.encode()).partition(b"\r\n\r\n")
+    assert b"content-type: application/json" in answer_head.lower()
+    return int(answer_head.split(b" ")[1]), json.loads(body)
+
+
+@pytest.mark.parametrize("path", ["/internal/auth", "/_auth", "/ready", "/_error/bad_request", "/metrics"])
+def test_what_is_internal_cannot_be_reached_from_outside(front: Front, path: str) -> None:
+    assert ask_raw(front, path)[0] == 404
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/v1/../internal/auth",
+        "/internal/auth/../../v1/models",
+        "/v1/%2e%2E/v1/models",
+        "/internal%2f..%2fv1/models",
+        "/v1/sessions/..",
+        "/v1/sessions/.%2e?x=1",
+        "/x/../health",
+        "/..",
+    ],
+)
+def test_a_path_that_climbs_is_refused(front: Front, acme: dict[str, str], path: str) -> None:
+    status, answer = ask_raw(front, path, f"authorization: {acme['authorization']}")
+    assert (status, answer["error"]["code"]) == (400, "bad_request")
+
+
+def test_dots_elsewhere_in_a_request_are_no_climbing(front: Front, acme: dict[str, str]) -> None:
+    for path in ("/v1/jobs/a..b", "/v1/jobs/...", "/v1/jobs/x?next=/../y"):
+        status, answer = ask_raw(front, path, f"authorization: {acme['authorization']}")
+        assert (status, answer["error"]["code"]) == (404, "job_not_found")
+
+
+@pytest.mark.parametrize(
+    ("line", "version", "status", "code"),
+    [
+        ("transfer-encoding: xchunked", "HTTP/1.1", 501, "not_implemented"),
+        ("accept: */*", "HTTP/3.0", 505, "http_version_not_supported"),
+    ],
+)
+def test_what_nginx_does_not_speak_is_refused_in_the_error_shape(
+    front: Front, acme: dict[str, str], line: str, version: str, status: int, code: str
+) -> None:
+    credentials = f"authorization: {acme['authorization']}"
+    answered, answer = ask_raw(front, CHATS, credentials, line, method="POST", version=version)
+    assert (answered, answer["error"]["code"]) == (status, code)
 
 
 @pytest.mark.parametrize(("method", "tail"), [("GET", ""), ("GET", "/events"), ("DELETE", ""), ("POST", "/cancel")])
@@ -197,6 +253,24 @@ def test_a_tenant_over_its_rate_gets_a_429_with_the_time_to_wait_and_others_do_n
     with pytest.raises(openai.RateLimitError):
         client.models.list()
     assert httpx.get(front.url + "/v1/models", headers=rival).status_code == 200
+
+
+def test_an_address_that_asks_too_much_is_refused_before_anybody_is_asked(front: Front, tmp_path: Path) -> None:
+    alone = Front(tmp_path / "flooded", front.backend)
+    try:
+        alone.rigs[0].stop()  # so that no answer takes long enough for the limit to recover
+        where = urlsplit(alone.url)
+        with socket.create_connection((where.hostname, where.port), timeout=20) as connection:
+            ask = "GET /health HTTP/1.1\r\nhost: x\r\n"
+            connection.sendall((ask + "\r\n").encode() * 799 + (ask + "connection: close\r\n\r\n").encode())
+            received = b""
+            while data := connection.recv(65536):
+                received += data
+        assert received.count(b"HTTP/1.1 503 ") >= 200  # the burst was let through, to a session manager that is dead
+        assert received.count(b"HTTP/1.1 429 ") >= 100
+        assert received.count(b"Too many requests from this address") == received.count(b"HTTP/1.1 429 ")
+    finally:
+        alone.gateway.stop()
 
 
 # ------------------------------------------------------------------------------------------------------- bad input
@@ -340,9 +414,13 @@ def test_a_slow_reader_loses_nothing_and_holds_up_nobody(front: Front, acme: dic
     assert received.count(b"data: {") == 1501
 
 
-def test_readiness_is_open_and_says_ok(front: Front) -> None:
+def test_clients_may_ask_for_health_and_monitoring_for_readiness(front: Front) -> None:
     assert httpx.get(front.url + "/health").json() == {"status": "ok"}
-    assert httpx.get(front.url + "/ready").json()["status"] == "ok"
+    probes = f"http://127.0.0.1:{PROBES}"
+    assert httpx.get(probes + "/health").json() == {"status": "ok"}
+    assert httpx.get(probes + "/ready").json() == {"status": "ok", "store": "ok", "queue": "ok"}
+    for path in ("/v1/models", "/internal/auth", "/_auth"):
+        assert httpx.get(probes + path).status_code == 404
 
 
 # -------------------------------------------------------------------------------------------------------- failures
@@ -358,8 +436,10 @@ def test_without_redis_keys_cannot_be_checked_and_the_answer_is_a_503(
         assert refused.status_code == 503
         assert int(refused.headers["retry-after"]) >= 1
         assert refused.json()["error"]["type"] == "server_error"
-        assert httpx.get(front.url + "/ready", timeout=20).status_code == 503
         assert httpx.get(front.url + "/health").status_code == 200
+        probes = f"http://127.0.0.1:{PROBES}"
+        assert httpx.get(probes + "/ready", timeout=20).json()["store"] == "does not answer"
+        assert httpx.get(probes + "/health").status_code == 200
     finally:
         redis_server.start()
     until(lambda: httpx.get(front.url + "/v1/models", headers=acme).status_code == 200, "Redis was found again")
@@ -383,9 +463,12 @@ def test_with_two_session_managers_any_of_them_serves_any_stream(
 
 
 def test_a_dead_session_manager_is_a_503(front: Front, acme: dict[str, str], tmp_path: Path) -> None:
-    alone = Front(tmp_path / "alone", front.backend)
+    port = free_port()
+    alone = Front(tmp_path / "alone", front.backend, probes=f"127.0.0.1:{port}")
     try:
         alone.rigs[0].stop()
+        assert httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200
+        assert httpx.get(f"http://127.0.0.1:{port}/ready").status_code == 503
         refused = httpx.get(alone.url + "/v1/models", headers=acme)
         assert refused.status_code == 503
         assert "retry-after" in refused.headers
@@ -417,6 +500,94 @@ def test_the_gateways_logs_hold_nothing_that_a_client_wrote(front: Front, tmp_pa
 
 def jobs_of(rig: Rig) -> float:
     return rig.service.metrics.registry.get_sample_value("axon_jobs_submitted_total") or 0.0
+
+
+# ----------------------------------------------------------------------------------------------- the configuration
+
+
+def write_by(
+    program: str, folder: Path, secret: str = SECRET, **variables: str
+) -> tuple[subprocess.CompletedProcess[str], dict[str, str]]:
+    """Writes a configuration into a folder with ``gateway.py`` or the container's script, which must not matter.
+
+    Instead of becoming nginx, the script has nginx judge what it wrote.
+    """
+    tools, written = folder / "tools", folder / "written"
+    tools.mkdir(parents=True, exist_ok=True)
+    (tools / "secret").write_text(f"{secret}\n")
+    (tools / "nginx").write_text(f'#!/bin/sh\nexec {shutil.which("nginx")} -t "$@"\n')
+    (tools / "nginx").chmod(0o755)
+    environment = {
+        "PATH": f"{tools}:{os.environ['PATH']}",
+        "AXON_GATEWAY_SECRET_FILE": str(tools / "secret"),
+        "AXON_GATEWAY_SOURCE": str(ROOT / "deploy" / "nginx"),
+        "AXON_GATEWAY_DIR": str(written),
+        **variables,
+    }
+    container = ["sh", "deploy/docker/gateway-entrypoint.sh"]
+    command = container if program == "container" else [sys.executable, "-m", "deploy.gateway", str(written)]
+    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    return ran, {path.name: path.read_text() for path in written.glob("*.conf")}
+
+
+PROGRAMS = ("container", "gateway.py")
+
+
+def test_the_container_and_the_program_write_the_same_configuration(tmp_path: Path) -> None:
+    need("nginx", "envsubst")
+    variables = {
+        "AXON_GATEWAY_LISTEN": "127.0.0.1:8080,[::1]:8080",
+        "AXON_GATEWAY_PROBES": "8081",
+        "AXON_GATEWAY_PROCESSES": "3",
+        "AXON_SESSION_MANAGERS": "127.0.0.1:8000,unix:/run/axon.sock,[::1]:8000",
+        "AXON_MAX_BODY_BYTES": "1000000",
+        "AXON_SLOW_CLIENT_S": "7",
+    }
+    by_container, by_program = (write_by(program, tmp_path, **variables) for program in PROGRAMS)
+    for ran, written in (by_container, by_program):
+        assert ran.returncode == 0, ran.stderr
+        assert "worker_processes 3;" in written["nginx.conf"]
+        assert "server unix:/run/axon.sock max_fails=0;" in written["nginx.conf"]
+        assert "${AXON_G" not in "".join(written.values())
+    assert by_container[1] == by_program[1]
+
+
+def test_nginx_takes_the_containers_defaults(tmp_path: Path) -> None:
+    need("nginx", "envsubst")
+    ran, written = write_by("container", tmp_path, AXON_SESSION_MANAGERS="127.0.0.1:8000")
+    assert ran.returncode == 0, ran.stderr
+    assert "worker_processes 2;" in written["nginx.conf"]
+    assert "listen 8080;" in written["nginx.conf"]
+    assert "listen 8081;" in written["probes.conf"]
+
+
+BAD_GATEWAYS = {
+    "a quote in the secret": ({"secret": 'sixteen-or-more";'}, "secret"),
+    "two lines of secret": ({"secret": "sixteen-or-more-0\nsixteen-or-more-1"}, "secret"),
+    "a short secret": ({"secret": "short"}, "secret"),
+    "no secret": ({"secret": ""}, "secret"),
+    "a directive as an address": ({"AXON_SESSION_MANAGERS": "server a:1;"}, "host:port or unix:/path"),
+    "an empty address": ({"AXON_SESSION_MANAGERS": "a:1,,b:1"}, "address|host:port"),
+    "a final comma": ({"AXON_SESSION_MANAGERS": "a:1,"}, "address|host:port"),
+    "options after an address": ({"AXON_GATEWAY_LISTEN": "8080 ssl"}, "host:port"),
+    "a size with a unit": ({"AXON_MAX_BODY_BYTES": "64k"}, "AXON_MAX_BODY_BYTES is a whole number"),
+    "no time at all": ({"AXON_SLOW_CLIENT_S": "0"}, "AXON_SLOW_CLIENT_S is a whole number"),
+    "half a process": ({"AXON_GATEWAY_PROCESSES": "0.5"}, "number"),
+}
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize("name", BAD_GATEWAYS)
+def test_what_nginx_could_misread_is_refused_and_nothing_is_written(tmp_path: Path, name: str, program: str) -> None:
+    need("nginx", "envsubst")
+    options, said = BAD_GATEWAYS[name]
+    ran, written = write_by(program, tmp_path, **options)
+    assert ran.returncode != 0
+    assert re.search(said, ran.stderr)
+    assert ran.stderr.startswith("error: ")
+    assert ran.stderr.count("\n") == 1
+    assert not options.get("secret") or options["secret"] not in ran.stderr
+    assert written == {}
 
 
 # ------------------------------------------------------------------------------------------------------------- TLS

@@ -138,6 +138,18 @@ def test_no_secret_is_among_the_arguments_of_any_process(stack: Stack) -> None:
                 assert re.search(r"redis://|amqp://|axk_|secret", path.read_text()) is None
 
 
+def test_only_session_managers_are_told_the_gateways_secret(stack: Stack) -> None:
+    told = {}
+    for name in ("session-manager", "worker"):
+        environments = [
+            Path(f"/proc/{pid}/environ").read_text() for pid in stack.pids(name) if Path(f"/proc/{pid}").exists()
+        ]
+        assert environments
+        told[name] = ["AXON_GATEWAY_SECRET" in text for text in environments]
+    assert all(told["session-manager"])
+    assert not any(told["worker"])
+
+
 def test_ctrl_c_stops_everything(stack: Stack) -> None:
     group = stack.process.pid
     stack.process.send_signal(signal.SIGINT)

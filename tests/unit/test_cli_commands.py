@@ -219,7 +219,38 @@ def test_compare_fits_every_terminal() -> None:
 @pytest.mark.parametrize("text", ["[/INST] and on", "[bold]loud[/bold] :smile:"])
 def test_compare_shows_the_text_as_it_was_generated(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Tokenizer, "decode", lambda *_: text)
-    assert axon(*compared()).out.splitlines()[-1] == text
+    assert axon("compare", "-m", "axon-tiny", "-n", "4", "--device", "cpu").out.splitlines()[-1] == text
+    assert text not in axon(*compared()).out  # random weights write none
+
+
+def test_a_default_answer_is_as_long_as_the_context_allows() -> None:
+    shown = axon("generate", "x" * 90, *TINY, "--max-seq-len", "100", "--json", "-t", "0")
+    assert shown.code == 0
+    assert shown.json["usage"]["completion_tokens"] == 10
+
+
+@pytest.mark.parametrize(
+    "words", [("generate", "hi", "--top-p", "2"), ("chat", "-n", "0"), ("generate", "hi", "-n", "0")]
+)
+def test_sampling_that_makes_no_sense_is_found_before_a_model_is_loaded(
+    words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cli.loading.load", lambda *_, **__: pytest.fail("loaded"))
+    assert axon(*words, *TINY).code == 2
+
+
+def test_random_weights_have_no_checkpoint_to_quantise(tmp_path: Path) -> None:
+    refused = axon("quantize", str(tmp_path / "out"), "-m", "random:tiny")
+    assert refused.code == 2
+    assert "random:tiny has no checkpoint to quantise" in refused.err
+
+
+@pytest.mark.parametrize("words", [("generate",), ("keys",), ("keys", "create"), ("serve",)])
+def test_every_command_has_its_help_by_the_short_option_too(words: tuple[str, ...]) -> None:
+    short, long = axon(*words, "-h"), axon(*words, "--help")
+    assert short.code == 0
+    assert short.out == long.out
+    assert "Usage: axon" in short.out
 
 
 @pytest.fixture

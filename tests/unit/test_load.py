@@ -267,6 +267,7 @@ def test_a_server_that_lists_what_is_no_model_lists_none() -> None:
         (("--request-rate", "5", "--burstiness", "nan"), "--burstiness"),
         (("-t", "nan"), "--temperature"),
         (("--timeout", "inf"), "--timeout"),
+        (("--plot", "x.png"), "--plot writes .svg, not '.png'"),
         (("--against", "http://there", "--plot", "x.svg", "--goodput", "ttft:500"), "leave --goodput, --plot out"),
         (("--against", "http://there", "--detailed"), "leave --detailed out"),
     ],

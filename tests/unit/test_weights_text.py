@@ -8,8 +8,9 @@ import pytest
 from weights.consistency import check_story
 from weights.dialogues import conversation, render
 from weights.facts import draw_fact
-from weights.names import held_out, person, town
+from weights.names import held_out, ordinary_words, person, town
 from weights.recall import recalled
+from weights.small_talk import small_talk
 from weights.stories import story
 from weights.templates import CLOSE, OPEN, expand, mark, unmark
 
@@ -38,6 +39,24 @@ def test_names_for_evaluation_are_disjoint_from_those_for_training():
     assert held_out("Wanda")
 
 
+def test_names_for_evaluation_are_no_words_of_the_training_text():
+    rng = random.Random(1)
+    texts = [unmark(story(rng).text)[0] for _ in range(300)]
+    written = {word for text in texts for word in re.findall(r"\b[a-z]+\b", text)}
+    assert len(written) > 500
+    assert written <= ordinary_words()
+    names = {draw(rng, unseen=True).lower() for draw in (person, town) for _ in range(3000)}
+    assert not names & ordinary_words()
+    assert "wanda" not in ordinary_words()
+
+
+def test_talk_of_other_things_in_evaluation_draws_no_names_of_training():
+    asked = [small_talk(random.Random(seed), None, unseen=True)[0] for seed in range(6000)]
+    names = [match[1] for said in asked if (match := re.fullmatch(r"(?:Who|Where) is (\w+)\?", said, re.IGNORECASE))]
+    assert len(names) > 30
+    assert all(map(held_out, names)), names
+
+
 def test_combinations_for_evaluation_are_disjoint_from_those_for_training():
     rng = random.Random(2)
     trained = {(fact.key, fact.value) for fact in (draw_fact(rng) for _ in range(5000))}
@@ -46,10 +65,23 @@ def test_combinations_for_evaluation_are_disjoint_from_those_for_training():
     assert not trained & evaluated
 
 
+def test_a_birthday_for_evaluation_is_in_no_spelling_one_for_training():
+    def birthdays(unseen: bool) -> set[frozenset[str]]:
+        rng = random.Random(3)
+        drawn = (draw_fact(rng, unseen) for _ in range(4000 if unseen else 8000))
+        return {frozenset(fact.value.split()) for fact in drawn if fact.key == "birthday"}
+
+    trained, evaluated = birthdays(unseen=False), birthdays(unseen=True)
+    assert len(trained) > 100
+    assert len(evaluated) > 1
+    assert not trained & evaluated
+
+
 def test_the_generators_stories_pass_the_consistency_check():
     for seed in range(200):
-        text = unmark(story(random.Random(seed), unseen=seed % 2 == 1).text)[0]
-        assert check_story(text).consistent, (check_story(text), text)
+        verdict = check_story(text := unmark(story(random.Random(seed), unseen=seed % 2 == 1).text)[0])
+        assert verdict.consistent, (verdict, text)
+        assert verdict.pronouns_agree is not False, text
 
 
 @pytest.mark.parametrize(
@@ -61,6 +93,43 @@ def test_a_story_in_which_a_name_changes_fails_the_consistency_check(wanted, swa
     last = text.rindex(name)
     changed = text[:last] + swapped + text[last + len(name) :]
     assert swapped in check_story(changed).strangers
+
+
+OPENING = "Once upon a time, in the town of Varn, there lived a fox named Edda. "
+FRIEND = "Her best friend was an owl called Bors. "
+
+
+@pytest.mark.parametrize(
+    ("told", "strangers"),
+    [
+        ("Edda and Bors went to the caves of Lim. Then Edda walked home to Varn.", ()),
+        ("Edda and Bors went to the caves of Lim. The cook of Lim gave some soup to a bear called Tarn.", ("Tarn",)),
+        ("Edda saw the caves of Lim and the hills of Quist.", ("Quist",)),
+        ("They went to the caves of Lim. The hills of Lim were cold.", ("Lim",)),
+        ("They knocked at the door of Hild. Hild opened it.", ("Hild", "Hild")),
+        ("Edda called Hild.", ("Hild",)),
+        ("The people in Edda cheered.", ("Edda",)),
+        ('"Come in," said Varn.', ("Varn",)),
+        ("The wind blew in Edda's coat.", ()),
+    ],
+    ids=["none", "a third person", "a third place", "a place renamed", "a door's owner", "somebody called",
+         "a person as a place", "a place that speaks", "a person's coat"],
+)  # fmt: skip
+def test_the_consistency_check_finds_who_was_not_introduced_and_who_changes_roles(told, strangers):
+    assert check_story(OPENING + FRIEND + told).strangers == strangers
+
+
+def test_a_name_before_its_introduction_fails_the_consistency_check():
+    verdict = check_story(OPENING + "Every day Edda played with Bors. " + FRIEND + "Edda liked Bors.")
+    assert verdict.strangers == ("Bors",)
+    assert not verdict.consistent
+
+
+@pytest.mark.parametrize(
+    ("told", "agrees"), [("She sang.", True), ("She sang to himself.", False), ("Rain fell.", None)]
+)
+def test_a_story_without_pronouns_says_nothing_about_whether_they_agree(told, agrees):
+    assert check_story(OPENING + told).pronouns_agree is agrees
 
 
 def test_stories_have_no_broken_sentences():

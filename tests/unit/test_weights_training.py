@@ -13,7 +13,7 @@ from axon_llm import load
 from axon_llm.layers import attention
 from weights import evaluate as evaluation
 from weights import train as recipe
-from weights.corpus import RECALL_WEIGHT, USER_WEIGHT, batch, dialogue_text, encode
+from weights.corpus import RECALL_WEIGHT, USER_WEIGHT, batch, dialogue_text, encode, said_by_assistant
 from weights.dialogues import conversation, render
 from weights.export import export
 from weights.mean import mean
@@ -108,12 +108,69 @@ def test_evaluation_loads_the_model_where_it_makes_its_tokens(folder, monkeypatc
     class LoadedError(Exception):
         pass
 
-    def loading(path, device=None):
-        raise LoadedError(device)
+    def loading(path, device=None, dtype=None):
+        raise LoadedError(f"{device} {dtype}")
 
     monkeypatch.setattr(evaluation, "load", loading)
-    with pytest.raises(LoadedError, match="cpu"):
+    with pytest.raises(LoadedError, match="cpu float32"):
         evaluation.evaluate(folder, 1, 1, print)
+
+
+def test_stories_without_pronouns_are_not_counted_among_those_whose_pronouns_agree(tokenizer, monkeypatch):
+    endings = [
+        ", a fox named Edda lived in the town of Varn. " + told for told in ("She sang.", "He saw her.", "Rain fell.")
+    ]
+    told = [tokenizer.encode(text, add_special_tokens=False).ids for text in endings]
+    monkeypatch.setattr(evaluation, "complete", lambda *_, **__: told)
+    figures, _ = evaluation.evaluate_stories(recipe.fresh_model(TOY, seed=0), tokenizer, 3)
+    assert (figures["samples"], figures["with_pronouns"], figures["pronouns_agree"]) == (3, 2, 0.5)
+
+
+def test_another_seed_evaluates_other_cases_samples_and_text(folder, monkeypatch):
+    seeds: dict[str, set[object]] = {"recall": set(), "stories": set(), "perplexity": set()}
+    model = recipe.fresh_model(TOY, seed=0)
+
+    def recall(model, tokenizer, distance, cases, seed):
+        seeds["recall"].add(seed)
+        return {"recalled": 1.0, "user_name": 1.0, "user_name_cases": 1}, []
+
+    def stories(model, tokenizer, samples, seed):
+        seeds["stories"].add(seed)
+        return {"consistent": 1.0, "with_pronouns": 1, "pronouns_agree": 1.0}, []
+
+    def perplexity(model, tokenizer, kind, seed):
+        seeds["perplexity"].add(seed)
+        return {"text": "", "perplexity": 1.0, "tokens": 1}
+
+    monkeypatch.setattr(evaluation, "load", lambda *_, **__: (model, None))
+    for name, fake in (("recall", recall), ("stories", stories), ("perplexity", perplexity)):
+        monkeypatch.setattr(evaluation, f"evaluate_{name}", fake)
+    for seed in (0, 1):
+        assert evaluation.evaluate(folder, 1, 1, lambda _: None, seed=seed)["seed"] == seed
+    assert {name: len(used) for name, used in seeds.items()} == {"recall": 2, "stories": 2, "perplexity": 2}
+
+
+def test_only_the_assistants_words_and_the_end_of_its_turn_count_in_a_dialogues_perplexity(tokenizer):
+    messages = [("system", "Be polite."), ("user", "What is my assistant?"), ("assistant", "A user."), ("user", "So")]
+    text = render([{"role": role, "content": content} for role, content in messages])
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    said = [token for token, counts in zip(ids, said_by_assistant(tokenizer, ids), strict=True) if counts]
+    assert tokenizer.decode(said, skip_special_tokens=False) == "A user.<|im_end|>"
+
+
+def test_a_checkpoint_trained_further_sees_other_text_and_goes_on_with_it_when_resumed(folder, tokenizer, tmp_path):
+    out, run = tmp_path / "one", tmp_path / "run"
+    run.mkdir()
+    export(out, TOY, recipe.fresh_model(TOY, 7).state_dict())
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (out / name).write_bytes((folder / name).read_bytes())
+    fresh, further, same = (trainer(run, 512) for _ in range(3))
+    further.begin_from(out)
+    same.begin_from(out)
+    assert fresh.data_seed != further.data_seed == same.data_seed
+    further.save()
+    assert fresh.resume()
+    assert fresh.data_seed == further.data_seed
 
 
 def test_training_leaves_the_serving_attention_as_it_was():
