@@ -37,9 +37,9 @@ def serve(settings: ServingSettings, build: Callable[[], ServedModel]) -> None:
     Raises:
         ServiceUnavailable: Redis or the broker was out of reach for ``settings.start_timeout_s`` seconds at the start.
     """
-    log.info("%s", settings.places)
     _reach_redis(settings)
     broker.reach(settings, settings.start_timeout_s)
+    log.info("%s: both answer", settings.places)
     metrics, health = WorkerMetrics(), Health()
     server = MetricsServer(metrics, health, settings.metrics_host, settings.metrics_port)
     log.info("metrics and health on http://%s:%d", settings.metrics_host, server.port)
