@@ -163,8 +163,11 @@ def tensor_headers(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 
 def stored_dtype(folder: Path, config: ModelConfig) -> str:
-    """The type a checkpoint is stored in, by its own name: what ``config.json`` says, else that of the first tensor."""
-    return config.dtype or next((_FLOATS.get(kind, "") for kind, _ in tensor_headers(folder).values()), "")
+    """The type a checkpoint is stored in, by its own name: what ``config.json`` says, else that of the first weight."""
+    if config.dtype:
+        return config.dtype
+    headers = tensor_headers(folder).items()
+    return next((_FLOATS[kind] for name, (kind, _) in headers if kind in _FLOATS and not name.endswith(_LEFTOVERS)), "")
 
 
 def _match(

@@ -215,7 +215,14 @@ def _show(result: dict[str, Any]) -> None:
         typer.echo(f"  error: {error}", err=True)
     if not result["completed"]:
         typer.echo("  no request was answered")
-        return
+    else:
+        _show_figures(result)
+    for name, judged in result["objective"].items():
+        verdict = "met" if judged["met"] else "missed"
+        typer.echo(f"  objective {name} ≤ {judged['limit']:g}: {verdict}")
+
+
+def _show_figures(result: dict[str, Any]) -> None:
     for label, name, unit in _SHOWN:
         value = result[name]
         typer.echo(f"  {label:20}{value:>12,}" if isinstance(value, int) else f"  {label:20}{value:>12,.2f} {unit}")
@@ -223,9 +230,6 @@ def _show(result: dict[str, Any]) -> None:
     for name in ("ttft", "tpot", "itl", "e2el"):
         figures = [result[f"{statistic}_{name}_ms"] for statistic in ("mean", "p50", "p90", "p99")]
         typer.echo(f"  {name.upper():20}" + "".join(f"{'-' if f is None else format(f, '.2f'):>12}" for f in figures))
-    for name, judged in result["objective"].items():
-        verdict = "met" if judged["met"] else "missed"
-        typer.echo(f"  objective {name} ≤ {judged['limit']:g}: {verdict}")
 
 
 def _load_of(result: dict[str, Any]) -> str:

@@ -1,9 +1,9 @@
 """From the start of a process to its first token: ``python -m axon_llm.bench.startup -m llama-3.2-1b``.
 
-A checkpoint of the shape is written once, with random weights; then whole processes are timed in turn: ``axon
-generate`` with a prompt of 512 tokens and one token to generate, in several modes, and llama.cpp's ``llama-bench``
-doing one prefill of 512 without warm-up. Files are in the page cache, as they are on any machine that has started the
-model before; the first round, which puts them there, does not count.
+A checkpoint of the shape is written once, with random weights (llama.cpp's files stay in ``~/.cache/axon/gguf``); then
+whole processes are timed in turn: ``axon generate`` with a prompt of 512 tokens and one token to generate, in several
+modes, and llama.cpp's ``llama-bench`` doing one prefill of 512 without warm-up. Files are in the page cache, as they
+are on any machine that has started the model before; the first round, which puts them there, does not count.
 
 A compiled mode is timed twice, to its second token: *cold* compiles everything (an empty compiler cache), *warm* finds
 the cache filled.

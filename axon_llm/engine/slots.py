@@ -97,11 +97,13 @@ class SlotTable:
         if source is not target and not source.busy:
             self._exchange(source, target)
             source = target
-        # What the target holds beyond that is kept, in an empty slot or instead of what was used longest ago. The
-        # latter only where most of it is not the newcomer's: else it is the same conversation, whose end has changed.
-        lost = len(target.tokens) - (length if source is target else 0)
+        # What the target holds beyond that would be lost. It is kept in an empty slot, or in the one used longest ago.
+        # To forget another conversation for it, it must be more than the newcomer shares: else it is an old end of
+        # the newcomer's own conversation.
+        shared = length if source is target else 0
+        lost = len(target.tokens) - shared
         oldest = min(free, key=lambda slot: (bool(slot.tokens), slot.used))
-        if oldest is not target and lost >= max(MIN_MOVED, length if oldest.tokens and source is target else 0):
+        if oldest is not target and lost >= max(MIN_MOVED, shared if oldest.tokens else 0):
             self._copy(target, oldest, len(target.tokens))
             oldest.used = target.used
         # A busy one keeps its own, so the part in common is copied.
@@ -131,7 +133,7 @@ class SlotTable:
         slot.tokens.clear()
 
     def forget_all(self) -> None:
-        """Whoever uses the cache for something else says so: no slot remembers anything."""
+        """No slot remembers anything: the cache has been used for something else."""
         for slot in self.slots:
             slot.tokens.clear()
 

@@ -39,10 +39,6 @@ class Unavailable(Exception):
     """There are no kernels for this machine; the message says why."""
 
 
-class _UnknownFlag(Unavailable):
-    """The compiler is too old for one of the flags."""
-
-
 @cache
 def load() -> bool:
     """Load the kernels, compiled now if they never were. Says on standard error why not, once, if that is so."""
@@ -52,11 +48,7 @@ def load() -> bool:
 
         from axon_llm.fast import ops  # noqa: F401 - declares the operators that the library implements
 
-        try:
-            torch.ops.load_library(str(library))
-        except OSError:  # whole, and yet none that loads here: make another
-            library.unlink()
-            torch.ops.load_library(str(built()))
+        torch.ops.load_library(str(library))
     except (Unavailable, OSError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         if isinstance(error, OSError):
@@ -99,26 +91,31 @@ def built() -> Path:
 def _found() -> tuple[Path, list[str]]:
     """The library, and the instructions it is compiled for: all that are here and that the compiler knows."""
     choices = _choices()
-    for used in choices:
+    for used, less in zip(choices, [*choices[1:], None], strict=True):
         library = _library(_flags(used))
         if library.exists():
             _check_owner(library)
             if _is_whole(library):
                 return library, used
-    for used, less in zip(choices, [*choices[1:], None], strict=True):
-        try:
+        refusal = None if less is None else _refusal(_flags(used))
+        if less is None or refusal is None:
             return _compiled(_flags(used)), used
-        except _UnknownFlag as refusal:
-            if less is None:
-                raise
-            without = ", ".join(name for name in used if name not in less)
-            sys.stderr.write(f"axon: kernels will do without {without}: {refusal}\n")
+        without = ", ".join(name for name in used if name not in less)
+        sys.stderr.write(f"axon: the kernels do without {without}: {refusal}\n")
     raise AssertionError("there is no choice")
 
 
-def _compiled(flags: list[str]) -> Path:
-    """Compile the library for these flags."""
-    library = _library(flags)
+def _refusal(flags: list[str]) -> str | None:
+    """What the compiler says to a flag that it does not know; asking takes milliseconds."""
+    done = subprocess.run(
+        [*_compiler(), *flags, "-E", "-x", "c++", os.devnull], capture_output=True, check=False, env=_in_english(),
+        encoding="utf-8", errors="replace",
+    )  # fmt: skip
+    unknown = done.returncode and any(flag in done.stderr for flag in flags)
+    return done.stderr.strip().splitlines()[0] if unknown else None
+
+
+def _compiler() -> list[str]:
     try:
         compiler = shlex.split(os.environ.get("CXX", ""))
     except ValueError as error:
@@ -126,6 +123,13 @@ def _compiled(flags: list[str]) -> Path:
     compiler = compiler or [shutil.which("g++") or shutil.which("clang++") or ""]
     if not compiler[0]:
         raise Unavailable("there is no C++ compiler (install g++)")
+    return compiler
+
+
+def _compiled(flags: list[str]) -> Path:
+    """Compile the library for these flags."""
+    library = _library(flags)
+    compiler = _compiler()
     torch_folder = _torch_folder()
     library.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     if not os.environ.get("AXON_KERNEL_CACHE"):
@@ -146,15 +150,14 @@ def _compiled(flags: list[str]) -> Path:
             try:
                 done = subprocess.run(
                     command, input=everything, capture_output=True, check=False, timeout=COMPILE_LIMIT_S,
-                    encoding="utf-8", errors="replace",
+                    encoding="utf-8", errors="replace", env=_in_english(),
                 )  # fmt: skip
             except subprocess.TimeoutExpired:
                 raise Unavailable(f"{compiler[0]} was not done after {COMPILE_LIMIT_S} s") from None
             if done.returncode:
                 found = re.search(r"error: (.*)", done.stderr)
-                unknown = found is not None and any(f"{flag}'" in found[1] or f"{flag}’" in found[1] for flag in flags)
                 said = found[1] if found else done.stderr.strip()[-200:]
-                raise (_UnknownFlag if unknown else Unavailable)(f"{compiler[0]} failed: {said}")
+                raise Unavailable(f"{compiler[0]} failed: {said}")
             digest = hashlib.sha256(target.read_bytes()).digest()
             with target.open("ab") as file:
                 file.write(digest)  # what follows the last section of a library is nobody's
@@ -162,6 +165,11 @@ def _compiled(flags: list[str]) -> Path:
                 os.fsync(file.fileno())  # before it has its name: after a power loss it is whole or not there
             target.replace(library)
     return library
+
+
+def _in_english() -> dict[str, str]:
+    """The environment of a compiler whose words are looked at."""
+    return {**os.environ, "LC_ALL": "C"}
 
 
 def _check_owner(path: Path) -> None:

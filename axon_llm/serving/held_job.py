@@ -67,15 +67,16 @@ class HeldJob:
         )
 
     def adopt(self, claim: Claim, delivery: Delivery) -> bool:
-        """Go on with what is held here after a new claim, if the log says nothing else.
+        """Go on with what is held here after a new claim, if the log is the beginning of that.
 
         Returns:
-            Whether it does not: whoever held the job meanwhile may have written more, and not the same.
+            Whether it is. If not, nothing was changed: whoever held the job meanwhile has written something else.
         """
         log = [(entry.token, entry.text) for entry in claim.entries]
         if log != [(entry.token, entry.text) for entry in self.entries[: len(log)]]:
             return False
-        self.delivery, self.fence, self.attempt, self.stored = delivery, claim.fence, claim.attempt, len(log)
+        self.delivery, self.fence, self.stored = delivery, claim.fence, len(log)
+        self.attempt = max(self.attempt, claim.attempt)  # a store that has lost the job counts anew
         return True
 
     @property

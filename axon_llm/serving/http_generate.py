@@ -56,7 +56,7 @@ async def generate(service: Service, request: Request, *, chat: bool) -> ASGIApp
         if isinstance(error, StoreUnavailable):
             raise unavailable("The store cannot be reached; try again.", STORE_RETRY_S) from error
         raise
-    ref, created_unix_s, deadline_unix_s = submitted
+    ref, created_unix_s, deadline_unix_s, fresh = submitted
     answer = Answer(ref.job_id, generation.model, created_unix_s, chat=chat, include_usage=generation.include_usage)
     keep = generation.on_disconnect == "continue" or (generation.on_disconnect is None and idempotency_key is not None)
     return JobAnswer(
@@ -65,6 +65,7 @@ async def generate(service: Service, request: Request, *, chat: bool) -> ASGIApp
         answer,
         place,
         stream=generation.stream,
+        submitted=fresh,
         on_gone=None if keep else lambda: service.spawn(service.cancel(ref)),
         deadline_unix_s=deadline_unix_s,
     )
@@ -97,11 +98,11 @@ async def _submit(
     generation: Generation,
     idempotency_key: str | None,
     body: dict[str, Any],
-) -> tuple[JobRef, float, float]:
+) -> tuple[JobRef, float, float, bool]:
     """Stores and publishes the job, or finds the one an earlier request with the same key made.
 
     Returns:
-        Where it lives, when it was made and its deadline, in seconds since 1970.
+        Where it lives, when it was made and its deadline, in seconds since 1970; whether it was made now.
     """
     job_id = (CHAT_PREFIX if generation.chat else TEXT_PREFIX) + secrets.token_hex(16)
     if idempotency_key is not None:
@@ -115,7 +116,7 @@ async def _submit(
         if not reservation.fresh:
             try:
                 status = await service.store.status(await service.store.find(tenant, job_id))
-                return status.ref, status.created_at_unix_s, status.deadline_unix_s
+                return status.ref, status.created_at_unix_s, status.deadline_unix_s, False
             except JobNotFound:
                 pass  # Reserved and never submitted: whoever reserved it died, or has not got there yet. Do it here.
     await _refuse_hopeless(service, generation.model)
@@ -132,7 +133,7 @@ async def _submit(
     if fresh:
         await _publish(service, job, tenant, idempotency_key)
     request.state.job_id = job_id
-    return job.ref, job.created_at_unix_s, job.deadline_unix_s
+    return job.ref, job.created_at_unix_s, job.deadline_unix_s, fresh
 
 
 async def _publish(service: Service, job: Job, tenant: str, idempotency_key: str | None) -> None:

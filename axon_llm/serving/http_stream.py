@@ -42,6 +42,7 @@ class JobAnswer:
         stream: server-sent events, else one JSON object.
         after: the last log entry the client has.
         with_ids: give every event its ``id``, for ``EventSource``.
+        submitted: the request that is answered has made the job.
         finished: how the job ended, if the client has the last entry: nothing is to be read, only the end to be said.
         on_gone: called when the client leaves before the end, unless this process is stopping.
         deadline_unix_s: of the job, where it is known.
@@ -57,6 +58,7 @@ class JobAnswer:
         stream: bool,
         after: int = 0,
         with_ids: bool = False,
+        submitted: bool = False,
         finished: Terminal | None = None,
         on_gone: Callable[[], None] | None = None,
         deadline_unix_s: float | None = None,
@@ -68,6 +70,7 @@ class JobAnswer:
         self._stream = stream
         self._after = after
         self._with_ids = with_ids
+        self._submitted = submitted
         self._finished = finished
         self._on_gone = on_gone
         self._deadline_unix_s = deadline_unix_s
@@ -173,9 +176,9 @@ class JobAnswer:
         await send(_body(body, more=False))
 
     def _clock(self, entry: LogEntry, started: float) -> None:
-        """Count the time to the first token for the request that submitted the job, not for one that follows it."""
+        """Count the time to the first token for the request that made the job, not for one that follows it later."""
         failed = entry.terminal is not None and entry.terminal.error is not None
-        if entry.seq == 1 and not self._with_ids and not failed:
+        if entry.seq == 1 and self._submitted and not failed:
             self._service.metrics.first_token_seconds.observe(time.monotonic() - started)
 
     async def _start(self, send: Send, headers: dict[str, str]) -> None:

@@ -199,9 +199,10 @@ class Worker:
         job = held.job
         self._held[job.tenant, job.job_id] = held
         self._by_engine_id[held.engine_id] = held
-        self._metrics.queue_s.observe(max(0.0, time.time() - job.created_at_unix_s))
         if held.entries:
             self._metrics.resumes.inc()
+        else:
+            self._metrics.queue_s.observe(max(0.0, time.time() - job.created_at_unix_s))
         log.info(
             "job %s: claimed, attempt %d, from token %d, trace %s",
             job.job_id,

@@ -9,6 +9,7 @@ source=${AXON_GATEWAY_SOURCE:-/etc/axon}
 fail() { printf 'error: %s\n' "$*" >&2; exit 2; }
 
 each() {   # each "before" "after" LIST: one `before address after;` for every address of a comma-separated list
+    [ -n "$3" ] || return 0
     case ",$3," in *,,*) fail "there is an empty address in \"$3\"" ;; esac
     lines=
     IFS=,
@@ -21,13 +22,13 @@ each() {   # each "before" "after" LIST: one `before address after;` for every a
 }
 
 whole() {   # whole NAME VALUE
-    case $2 in '' | 0* | *[!0-9]*) fail "$1 is a whole number above 0, not \"$2\"" ;; esac
+    case $2 in '' | 0* | *[!0-9]* | ??????????*) fail "$1 is a whole number above 0, not \"$2\"" ;; esac
 }
 
 # A node without IPv6 refuses to listen on it.
 if [ -e /proc/net/if_inet6 ]; then both=1; else both=; fi
 listen=${AXON_GATEWAY_LISTEN:-8080${both:+,[::]:8080}}
-probes=${AXON_GATEWAY_PROBES:-8081${both:+,[::]:8081}}
+probes=${AXON_GATEWAY_PROBES-8081${both:+,[::]:8081}}   # empty for none
 export AXON_MAX_BODY_BYTES="${AXON_MAX_BODY_BYTES:-65536}" AXON_SLOW_CLIENT_S="${AXON_SLOW_CLIENT_S:-10}"
 export AXON_GATEWAY_PROCESSES="${AXON_GATEWAY_PROCESSES:-2}"   # not one per core of a node that it shares
 whole AXON_MAX_BODY_BYTES "$AXON_MAX_BODY_BYTES"

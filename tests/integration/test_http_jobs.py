@@ -193,11 +193,18 @@ def test_a_session_manager_that_stops_before_the_first_token_says_that_the_job_g
     assert status["finish_reason"] == "stop"
 
 
+def first_tokens(rig: Rig) -> float:
+    """How many times to a first token were measured."""
+    return rig.service.metrics.registry.get_sample_value("axon_session_manager_ttft_seconds_count") or 0.0
+
+
 def test_the_same_idempotency_key_gives_the_same_job(rig: Rig) -> None:
     body, key = request("count 2"), {"idempotency-key": f"same {time.time_ns()}".replace(" ", "-")}
     one = httpx.post(rig.url + "/v1/chat/completions", json=body, headers=key).json()
+    counted = first_tokens(rig)
     two = httpx.post(rig.url + "/v1/chat/completions", json=body, headers=key).json()
     assert one == two
+    assert first_tokens(rig) == counted > 0, "who asks again does not wait for a first token"
     reordered = dict(reversed(body.items()))
     assert httpx.post(rig.url + "/v1/chat/completions", json=reordered, headers=key).json() == one
 

@@ -33,9 +33,9 @@ inline auto word_at(const uint8_t* block, int i) {
 }
 
 // A block's sixteen words from where it begins, and what else is in it: all of them loaded, or each when it is wanted.
-// `prefetched`: the block AHEAD is, too. Words are then loaded two by two, from front to back, and as many lines are
-// prefetched after each two: where memory is slow, Zen 5 reads at 0.7 to 0.8 of that if all are loaded
-// first, or in another order.
+// If `prefetched`, so is the block AHEAD: words are then loaded two by two, from front to back, and as many lines of
+// that block are prefetched after each two. Where memory is slow, Zen 5 reads at 0.7 to 0.8 of its rate if all words
+// are loaded first, or in another order.
 template <class Format>
 class Loaded {
  public:
@@ -99,8 +99,8 @@ class InTurn {
 };
 
 // The blocks of two strips, each word when it is wanted: an activation that was read is multiplied twice, and reading
-// activations is what bounds many rows. PREFETCHED: the blocks ALONE_AHEAD are, line by line as words
-// are read. If all twenty lines of int4 are prefetched in a row, the next load waits until memory has taken them.
+// activations is what bounds many rows. If PREFETCHED, so are the blocks ALONE_AHEAD, line by line as words are read:
+// were all twenty lines of int4 prefetched in a row, the next load would wait until memory has taken them.
 template <class Format, bool PREFETCHED = false>
 class Beside {
  public:

@@ -31,8 +31,8 @@ inline int64_t least(int64_t count, int64_t bytes) {
   return bytes < SMALL ? pieces_of(count, torch::stable::get_num_threads()) : pieces_of(LEAST * count, bytes);
 }
 
-// sums of several rows += those from place `at` on, times blocks one after the other. `prefetched`, a constant where
-// that is faster: the blocks AHEAD are.
+// sums of several rows += those from place `at` on, times blocks one after the other. Blocks AHEAD are prefetched
+// too if `prefetched`, which is a constant where that is faster.
 template <class Format>
 inline void add_to_several(auto prefetched, const uint8_t* p, int64_t blocks, const Activations& a, int64_t at,
                            int64_t rows, typename Format::Sum* sums) {

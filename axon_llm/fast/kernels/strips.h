@@ -48,8 +48,8 @@ enum Products : int64_t { PAIRS, WIDE, TILES };
 constexpr auto BFLOAT16 = torch::headeronly::ScalarType::BFloat16;
 constexpr int64_t TOGETHER = 64;  // rows that go through a strip together: their sums stay in the nearest cache
 constexpr int64_t GROUP = 32;     // input channels that share a scale in int4
-// Bytes ahead of a block at which to prefetch, and into which cache: with AHEAD_ROWS rows and more
-// (INT4_AHEAD_ROWS of int4), and with one. Measured: on Zen 4 one row is slower with it, four of bfloat16 and int8 are,
+// How many bytes ahead of a block to prefetch, and into which cache: with AHEAD_ROWS rows and more (INT4_AHEAD_ROWS of
+// int4), and with one. Measured: on Zen 4 one row is slower with it, four of bfloat16 and int8 are,
 // and 16 rows are 1.4 times as fast with it, but slower than without into the first level; on Zen 5 what comes next
 // goes past the second level, and one row is slower with it; on Intel one row of int4 is 1.3 times as fast, and half as
 // fast where it goes past the second level. With AVX2 one row of int4 is 1.1 times as fast on Zen 3, but only near:
