@@ -13,6 +13,7 @@ import typer
 from axon_llm.errors import AxonError, TokenizerError, UsageError
 
 from . import options
+from .sampling import given, sampling
 
 if TYPE_CHECKING:
     from .conversation import Conversation
@@ -55,22 +56,22 @@ def command(
     from axon_llm.engine.speculate import DEFAULT_DRAFTS
 
     from .conversation import Conversation
-    from .generate import check_sampling
-    from .loading import cache_length, load, sampling
+    from .loading import cache_length, load
 
-    chosen: dict[str, Any] = {
-        "temperature": temperature,
-        "top_p": top_p,
-        "top_k": top_k,
-        "min_p": min_p,
-        "repetition_penalty": repetition_penalty,
-        "seed": seed,
-    }
-    check_sampling(max_tokens, stop, chosen)  # what is wrong shows before a model is loaded
+    wanted = given(
+        max_tokens,
+        stop,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+    )
     loaded, tokenizer = load(model, device=device, dtype=dtype, quantize=quantize)
     if not tokenizer.has_chat_template:
         raise TokenizerError(f"{model} has no chat template", "Use `axon generate`, or a chat (instruct) model.")
-    params = sampling(tokenizer, max_tokens=max_tokens, stop=stop, **chosen)
+    params = sampling(tokenizer, wanted)
     context = loaded.config.max_position_embeddings
     length = cache_length(1, 1, min(context, MOST_POSITIONS) if max_seq_len is None else max_seq_len, context)
     engine = Engine(

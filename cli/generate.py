@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -14,6 +13,7 @@ from axon_llm.errors import AxonError, UsageError
 from axon_llm.fast.memory import made_to_stay
 
 from . import options
+from .sampling import given, sampling
 
 # Tokens up to which weights are used as they are stored: laying them out for the CPU kernels takes as long as some
 # hundred tokens gain by it, and longer where the system has to find the memory.
@@ -51,16 +51,17 @@ def command(
         raise UsageError(
             "--no-cache recomputes everything: --compile, --speculate and --max-seq-len have no place in it"
         )
-    chosen: dict[str, Any] = {
-        "temperature": temperature,
-        "top_p": top_p,
-        "top_k": top_k,
-        "min_p": min_p,
-        "repetition_penalty": repetition_penalty,
-        "seed": seed,
-    }
     most = DEFAULT_TOKENS if max_tokens is None else max_tokens
-    check_sampling(most, stop, chosen)  # what is wrong shows before a model is loaded
+    wanted = given(
+        most,
+        stop,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+    )
     text = read_prompt(prompt)
     once = most <= SHORT and not (compile or speculate)
     with made_to_stay():
@@ -68,14 +69,14 @@ def command(
         from axon_llm.engine.speculate import DEFAULT_DRAFTS
         from axon_llm.engine.uncached import generate_uncached
 
-        from .loading import cache_length, load, sampling
+        from .loading import cache_length, load
 
         loaded, tokenizer = load(model, device=device, dtype=dtype, quantize=quantize, once=once)
     tokens = tokenizer.encode(text)
     limit = loaded.config.max_position_embeddings
     if max_tokens is None:
-        most = max(1, min(most, (max_seq_len or limit) - len(tokens)))
-    params = sampling(tokenizer, max_tokens=most, stop=stop, **chosen)
+        wanted["max_tokens"] = most = max(1, min(most, (max_seq_len or limit) - len(tokens)))
+    params = sampling(tokenizer, wanted)
     length = cache_length(len(tokens), most, max_seq_len, limit)
     if cache:
         engine = Engine(
@@ -124,14 +125,6 @@ def stats_line(usage: Any, timings: Any, finish_reason: str | None) -> str:
         f"{usage.prompt_tokens} prompt tokens{cached} · {usage.completion_tokens} generated ({finish_reason}) · "
         f"TTFT {human_seconds(timings.ttft_s)} · TPOT {human_seconds(timings.tpot_s)}{speed}"
     )
-
-
-def check_sampling(max_tokens: int, stop: Sequence[str] | None, given: Mapping[str, Any]) -> None:
-    """Raise RequestError for sampling parameters outside their ranges."""
-    from axon_llm.engine.params import SamplingParams
-
-    named = {name: value for name, value in given.items() if value is not None}
-    SamplingParams(max_tokens=max_tokens, stop=tuple(stop or ()), **named)
 
 
 def read_prompt(prompt: str | None) -> str:

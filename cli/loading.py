@@ -1,12 +1,10 @@
-"""From options to a loaded model and its sampling parameters. Imports torch, so commands import it late."""
+"""From options to a loaded model. Imports torch, so commands import it late."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
-from axon_llm.engine.params import SamplingParams
 from axon_llm.errors import RequestError, UsageError
 from axon_llm.model import Transformer
 from axon_llm.tokenizer import Tokenizer
@@ -30,16 +28,6 @@ def load(
         model = accelerate(model, quantize, rows=rows, once=once)
         fit_threads(model)
         return model, tokenizer
-
-
-def sampling(tokenizer: Tokenizer, *, max_tokens: int, stop: Sequence[str] | None, **given: Any) -> SamplingParams:
-    """Sampling parameters: what was given, else what the checkpoint's authors recommend, else the defaults.
-
-    Raises:
-        RequestError: a value is out of range.
-    """
-    chosen = {**tokenizer.generation_defaults, **{name: value for name, value in given.items() if value is not None}}
-    return SamplingParams(max_tokens=max_tokens, stop=tuple(stop or ()), **chosen)
 
 
 def cache_length(prompt: int, max_tokens: int, asked: int | None, limit: int) -> int:

@@ -92,14 +92,16 @@ def _found() -> tuple[Path, list[str]]:
     """The library, and the instructions it is compiled for: all that are here and that the compiler knows."""
     choices = _choices()
     for used, less in zip(choices, [*choices[1:], None], strict=True):
-        library = _library(_flags(used))
+        flags = _flags(used)
+        library = _library(flags)
         if library.exists():
             _check_owner(library)
             if _is_whole(library):
                 return library, used
-        refusal = None if less is None else _refusal(_flags(used))
+        refusal = None if less is None else _refusal(flags)
         if less is None or refusal is None:
-            return _compiled(_flags(used)), used
+            _compile(library, flags)
+            return library, used
         without = ", ".join(name for name in used if name not in less)
         sys.stderr.write(f"axon: the kernels do without {without}: {refusal}\n")
     raise AssertionError("there is no choice")
@@ -126,9 +128,8 @@ def _compiler() -> list[str]:
     return compiler
 
 
-def _compiled(flags: list[str]) -> Path:
-    """Compile the library for these flags."""
-    library = _library(flags)
+def _compile(library: Path, flags: list[str]) -> None:
+    """Make the library for these flags."""
     compiler = _compiler()
     torch_folder = _torch_folder()
     library.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -137,7 +138,7 @@ def _compiled(flags: list[str]) -> Path:
     sys.stderr.write(f"axon: compiling kernels for this processor into {library.parent}, once: half a minute or so …\n")
     with _lock(library):
         if library.exists() and _is_whole(library):  # another process was quicker
-            return library
+            return
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
             target = Path(folder) / library.name
             folders = [f"-I{FOLDER}", f"-I{torch_folder / 'include'}", f"-L{torch_folder / 'lib'}"]
@@ -164,7 +165,6 @@ def _compiled(flags: list[str]) -> Path:
                 file.flush()
                 os.fsync(file.fileno())  # before it has its name: after a power loss it is whole or not there
             target.replace(library)
-    return library
 
 
 def _in_english() -> dict[str, str]:

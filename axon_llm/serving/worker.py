@@ -22,6 +22,7 @@ from axon_llm.serving.held_job import HeldJob, deadline_exceeded
 from axon_llm.serving.intake import Intake, Item
 from axon_llm.serving.metrics import Health, WorkerMetrics
 from axon_llm.serving.ports import (
+    Claim,
     Delivery,
     Emit,
     EmitResult,
@@ -174,13 +175,12 @@ class Worker:
             return
         claim = self._store.claim(job, self._worker_id, redelivered=delivery.redelivered, solo=delivery.solo)
         self._store_backoff_s = 0.0
-        if claim.outcome == "run" and held is not None and held.adopt(claim, delivery):
-            self._metrics.adopted.inc()
-            log.info("job %s: adopted again at token %d", job.job_id, len(held.entries))
-        elif claim.outcome == "run":
-            if held is not None:  # somebody else has gone on in other words, and users have seen those
-                self._drop(held)
+        if claim.outcome == "run" and held is None:
             self._begin(HeldJob.of(job, delivery, claim), claim.cancel_requested)
+        elif claim.outcome == "run" and held is not None:
+            if self._go_on(held, claim, delivery):
+                self._metrics.adopted.inc()
+                log.info("job %s: adopted again at token %d", job.job_id, len(held.entries))
         elif claim.outcome == "busy":
             self._intake.park(delivery, job, max(claim.retry_after_s, 0.1))
         elif claim.outcome == "suspect":
@@ -194,6 +194,14 @@ class Worker:
             self._source.ack(delivery)
         if held is not None and claim.outcome != "run":
             self._drop(held)
+
+    def _go_on(self, held: HeldJob, claim: Claim, delivery: Delivery) -> bool:
+        """Continue a held job under a new claim; whether with what is held, or anew from a log that says otherwise."""
+        if held.adopt(claim, delivery):
+            return True
+        self._drop(held)  # somebody else has gone on in other words, and users have seen those
+        self._begin(HeldJob.of(held.job, delivery, claim), claim.cancel_requested)
+        return False
 
     def _begin(self, held: HeldJob, cancel: bool) -> None:
         job = held.job
@@ -320,11 +328,8 @@ class Worker:
         if claim.outcome != "run":
             self._drop(held)
             self._source.ack(held.delivery)
-        elif held.adopt(claim, held.delivery):
+        elif self._go_on(held, claim, held.delivery):
             self._metrics.backfills.inc()
-        else:
-            self._drop(held)
-            self._begin(HeldJob.of(held.job, held.delivery, claim), claim.cancel_requested)
 
     def _finish(self, held: HeldJob) -> None:
         terminal = held.entries[-1].terminal
